@@ -1,0 +1,139 @@
+"""Reading and writing checkpoints: a directory with `config.json` and `model.safetensors`.
+
+Where a checkpoint comes from is resolved in one place, `resolve`: bundled with the package, a local path, or
+the Hugging Face Hub. Loading is strict and never unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from hear_encoders import hub
+from hear_encoders.atomic import atomic_write
+from hear_encoders.config import EncoderConfig, config_to_dict, read_config
+from hear_encoders.encoders import ENCODER_OF_CONFIG, Encoder
+from hear_encoders.hub import CONFIG_FILE, WEIGHTS_FILE
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLES = {".pth", ".pt", ".bin", ".ckpt"}
+
+
+def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Find the weights file of a checkpoint; its `config.json` lies beside it.
+
+    Args:
+        source: an existing directory, an existing `.safetensors` file, or a Hub repository "org/name". An
+            existing path comes before a repository of the same name.
+        revision: branch, tag or commit of the repository; None is its default branch.
+
+    Returns:
+        Path of the `.safetensors` file. A repository is looked up in the local cache first; see
+        `hub.fetch_checkpoint` for the rest, and for the errors of the Hub.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a file of another kind, or a revision given for a local path.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} was given, but {path} is a local path, not a Hub repository")
+        if path.is_dir():
+            return path / WEIGHTS_FILE
+        if path.suffix == ".safetensors":
+            return path
+        hint = "; for a checkpoint of the released code run `hear-weights import`" if path.suffix in _PICKLES else ""
+        raise ValueError(f"{path}: expected a directory or a .safetensors file{hint}")
+    if _REPO_ID.fullmatch(str(source)):
+        return hub.fetch_checkpoint(str(source), revision) / WEIGHTS_FILE
+    raise FileNotFoundError(f"{source}: no such file or directory, and not the name of a Hub repository (org/name)")
+
+
+def load_checkpoint(weights: str | os.PathLike[str]) -> Encoder:
+    """Load an encoder from a `.safetensors` file and the `config.json` beside it, as float32 on the CPU.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: either file is damaged or foreign, or they do not fit each other: a missing, extra or
+            misshaped tensor, an unknown or missing field. The message names the file and the field.
+    """
+    weights = Path(weights)
+    config = read_config(weights.parent / CONFIG_FILE)
+    return encoder_from_tensors(config, read_tensors(weights), str(weights))
+
+
+def encoder_from_tensors(config: EncoderConfig, tensors: dict[str, Tensor], source: str) -> Encoder:
+    """Build the encoder of a configuration around given tensors, which must be exactly its own.
+
+    Args:
+        source: what to call the tensors' origin in error messages.
+
+    Raises:
+        ValueError: a tensor is missing, extra, misshaped, or not of floating point.
+    """
+    with torch.device("meta"):  # no memory and no initialisation for weights that are replaced at once
+        encoder = ENCODER_OF_CONFIG[type(config)](config)
+    expected = encoder.state_dict()
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected]
+    if missing:
+        raise ValueError(f"{source}: missing tensor {missing[0]!r} ({len(missing)} missing in all)")
+    if extra:
+        raise ValueError(f"{source}: unexpected tensor {extra[0]!r} ({len(extra)} unexpected in all)")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{source}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{source}: tensor {name!r} is {tensor.dtype}, expected floating point")
+    encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return encoder.eval()
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, or not a safetensors file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such weights file: {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def save_checkpoint(directory: str | os.PathLike[str], encoder: Encoder) -> None:
+    """Write `config.json` and `model.safetensors` into a directory, which is made if need be.
+
+    A reader never sees half a file (see `atomic_write`).
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    config = json.dumps(config_to_dict(encoder.config), indent=2) + "\n"
+    with atomic_write(directory / WEIGHTS_FILE) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+    with atomic_write(directory / CONFIG_FILE) as file:
+        file.write(config.encode())
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

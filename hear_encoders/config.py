@@ -1,0 +1,267 @@
+"""Configurations of the encoders: frozen dataclasses that travel with the weights as `config.json`.
+
+Nothing here needs torch. A configuration says what the weights mean (shapes and architecture) and nothing
+about how they are run: framing, precision and batching belong to `hear_encoders.embedder.Embedder`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+TransformerFamily = Literal["audiomaepp", "mae", "ssast"]
+Rope = Literal["none", "patch", "sequence"]
+SwiGLUNorm = Literal["own", "attention"]
+InputGate = Literal["exponential", "sigmoid"]
+
+
+def _check_types(config: Any) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        label = f"{type(config).__name__}.{name}"
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise ValueError(f"{label} must be one of {', '.join(map(repr, get_args(hint)))}; got {value!r}")
+        elif type(value) is not hint:  # exact, so that true is no integer
+            raise TypeError(f"{label} must be {hint.__name__}, got {value!r}")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{type(config).__name__}.{name} must be at least 1, got {getattr(config, name)}")
+
+
+def _check_divides(config: Any, whole: str, part: str) -> None:
+    if getattr(config, whole) % getattr(config, part):
+        raise ValueError(
+            f"{type(config).__name__}.{part} = {getattr(config, part)} must divide {whole} = {getattr(config, whole)}"
+        )
+
+
+def _check_sincos_dim(dim: int) -> None:
+    if dim % 4:
+        raise ValueError(f"dim must be divisible by 4 (sines and cosines of two axes), got {dim}")
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """How one chunk of log-mel frames is cut into patches (AudioMAE++ section 3.2, AxLSTM section 3.2).
+
+    The default is a 2 s chunk, 200 frames x 80 bands, in patches of 4 frames x 16 bands: a grid of
+    50 steps x 5 rows, 250 patches in time-major order (patch index = step * rows + row).
+    """
+
+    chunk_frames: int = 200
+    bands: int = 80
+    patch_frames: int = 4
+    patch_bands: int = 16
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_positive(self, "chunk_frames", "bands", "patch_frames", "patch_bands")
+        _check_divides(self, "chunk_frames", "patch_frames")
+        _check_divides(self, "bands", "patch_bands")
+
+    @property
+    def steps(self) -> int:
+        """Time steps of one full chunk (50)."""
+        return self.chunk_frames // self.patch_frames
+
+    @property
+    def rows(self) -> int:
+        """Patches stacked along the bands in one time step (5)."""
+        return self.bands // self.patch_bands
+
+    @property
+    def patches(self) -> int:
+        """Patches of one full chunk (250)."""
+        return self.steps * self.rows
+
+    @property
+    def patch_size(self) -> int:
+        """Log-mel values in one patch (64)."""
+        return self.patch_frames * self.patch_bands
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """An encoder of transformer blocks: AudioMAE++ (transformer++ blocks), MAE and SSAST (plain blocks).
+
+    Attributes:
+        family: "audiomaepp" has macaron/SwiGLU blocks (AudioMAE++ equations 1-3); "mae" and "ssast" have the
+            plain pre-norm block. "mae" and "ssast" differ in how they are pretrained, not in the encoder.
+        dim: channels of a token.
+        depth: number of blocks.
+        heads: attention heads; must divide `dim`.
+        rope: rotary position embedding (AudioMAE++ section 2.1). "none", the papers' default; "patch" rotates
+            by each patch's true row and step in the chunk; "sequence" rotates by the place in the sequence
+            the block sees, as the released code does.
+        swiglu_norm: "own": SwiGLU has a LayerNorm of its own (equation 3). "attention": it shares the one of
+            the attention, as the released code does. Only "audiomaepp" has the choice.
+        patches: the patch grid.
+    """
+
+    family: TransformerFamily
+    dim: int
+    depth: int
+    heads: int
+    rope: Rope = "none"
+    swiglu_norm: SwiGLUNorm = "own"
+    patches: PatchConfig = PatchConfig()
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_positive(self, "dim", "depth", "heads")
+        _check_divides(self, "dim", "heads")
+        _check_sincos_dim(self.dim)
+        if self.rope != "none":
+            multiple = 4 if self.rope == "patch" else 2  # channel pairs, and two axes for true patch positions
+            if (self.dim // self.heads) % multiple:
+                raise ValueError(
+                    f"TransformerConfig.rope = {self.rope!r} needs a head size divisible by {multiple}, "
+                    f"got dim / heads = {self.dim // self.heads}"
+                )
+        if self.swiglu_norm != "own" and self.family != "audiomaepp":
+            raise ValueError(f"TransformerConfig.swiglu_norm must be 'own' for family {self.family!r}: no SwiGLU there")
+
+
+@dataclass(frozen=True)
+class AxLSTMConfig:
+    """An encoder of mLSTM blocks (AxLSTM section 2.2).
+
+    Attributes:
+        family: always "axlstm".
+        dim: channels of a token.
+        depth: number of blocks.
+        heads: heads of the mLSTM cell, each of size expansion * dim / heads.
+        expansion: expansion factor E of the block (AxLSTM table 3; 3 is the paper's best).
+        flip: reverse the token sequence around every second block (the paper's best is without).
+        input_gate: "exponential" or "sigmoid" (AxLSTM table 5).
+        conv_kernel: taps of the causal depthwise convolution.
+        projection_block: size of the diagonal blocks of the q, k and v projections.
+        patches: the patch grid.
+    """
+
+    family: Literal["axlstm"]
+    dim: int
+    depth: int
+    heads: int = 4
+    expansion: int = 3
+    flip: bool = False
+    input_gate: InputGate = "exponential"
+    conv_kernel: int = 4
+    projection_block: int = 4
+    patches: PatchConfig = PatchConfig()
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_positive(self, "dim", "depth", "heads", "expansion", "conv_kernel", "projection_block")
+        _check_divides(self, "inner_dim", "heads")
+        _check_divides(self, "inner_dim", "projection_block")
+        _check_sincos_dim(self.dim)
+
+    @property
+    def inner_dim(self) -> int:
+        """Channels inside a block: expansion * dim."""
+        return self.expansion * self.dim
+
+
+EncoderConfig = TransformerConfig | AxLSTMConfig
+
+CONFIG_OF_FAMILY: dict[str, type[TransformerConfig] | type[AxLSTMConfig]] = {
+    "audiomaepp": TransformerConfig,
+    "mae": TransformerConfig,
+    "ssast": TransformerConfig,
+    "axlstm": AxLSTMConfig,
+}
+
+PRESETS: dict[str, EncoderConfig] = {
+    # AudioMAE++ sections 3.2 and 4; MAE is its baseline.
+    "audiomaepp_tiny": TransformerConfig("audiomaepp", dim=192, depth=12, heads=3),
+    "audiomaepp_base": TransformerConfig("audiomaepp", dim=768, depth=12, heads=12),
+    "audiomaepp_large": TransformerConfig("audiomaepp", dim=1024, depth=24, heads=16),
+    "mae_tiny": TransformerConfig("mae", dim=192, depth=12, heads=3),
+    "mae_base": TransformerConfig("mae", dim=768, depth=12, heads=12),
+    # AxLSTM section 3.2; SSAST is its baseline.
+    "axlstm_tiny": AxLSTMConfig("axlstm", dim=192, depth=12),
+    "axlstm_small": AxLSTMConfig("axlstm", dim=384, depth=12),
+    "axlstm_base": AxLSTMConfig("axlstm", dim=768, depth=12),
+    "ssast_tiny": TransformerConfig("ssast", dim=192, depth=12, heads=3),
+    "ssast_small": TransformerConfig("ssast", dim=384, depth=12, heads=6),
+    "ssast_base": TransformerConfig("ssast", dim=768, depth=12, heads=12),
+}
+
+
+def preset(name: str) -> EncoderConfig:
+    """Return the configuration of a named model, such as "audiomaepp_tiny".
+
+    Raises:
+        ValueError: the name is not one of `PRESETS`.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ValueError(f"unknown preset {name!r}; expected one of: {', '.join(PRESETS)}") from None
+
+
+def config_to_dict(config: EncoderConfig) -> dict[str, Any]:
+    """Return the configuration as plain JSON values, every field written out."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(values: Any, source: str = "config") -> EncoderConfig:
+    """Build a configuration from parsed JSON. Every field must be present and known.
+
+    Args:
+        values: the parsed JSON object.
+        source: what to call its origin in error messages, such as the file's path.
+
+    Raises:
+        ValueError: not an object, an unknown family, a missing or unknown field, or a value out of range.
+    """
+    family = values.get("family") if isinstance(values, dict) else None
+    if family not in CONFIG_OF_FAMILY:
+        raise ValueError(
+            f"{source}: field 'family' must be one of {', '.join(sorted(CONFIG_OF_FAMILY))}; got {family!r}"
+        )
+    return _build(CONFIG_OF_FAMILY[family], values, source)
+
+
+def read_config(path: str | Path) -> EncoderConfig:
+    """Read a `config.json`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or not a configuration (see `config_from_dict`).
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    return config_from_dict(values, str(path))
+
+
+def _build(cls: type, values: Any, source: str) -> Any:
+    """Make a config dataclass out of a dict, naming the file and the field in whatever goes wrong."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
+    hints = get_type_hints(cls)
+    unknown = sorted(values.keys() - hints.keys())
+    missing = [name for name in hints if name not in values]
+    if unknown:
+        raise ValueError(f"{source}: unknown field {unknown[0]!r}; known fields: {', '.join(hints)}")
+    if missing:
+        raise ValueError(f"{source}: missing field {missing[0]!r}")
+    arguments = {
+        name: _build(hint, values[name], f"{source}: {name}") if dataclasses.is_dataclass(hint) else values[name]
+        for name, hint in hints.items()
+    }
+    try:
+        return cls(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: {error}") from error

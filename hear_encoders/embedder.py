@@ -1,0 +1,270 @@
+"""From waveforms to embeddings: framing, normalisation, batching, timestamps.
+
+One time step is one column of patches: 4 frames, 40 ms. Its embedding is the column's tokens, one per row of
+bands, concatenated. Chunks of 200 frames (2 s) are encoded independently, so chunks of any clips share a
+forward pass. Letters in shape comments: B clips, F frames, T time steps, E embedding size.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hear_encoders import reference
+from hear_encoders.encoders import Encoder
+from hear_encoders.frontend import HOP, HOP_MS, SAMPLE_RATE, LogMel, clip_statistics, normalize
+
+Framing = Literal["exact", "reference"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+DEFAULT_MAX_CHUNKS = 32
+PEAK_WORTH_A_WARNING = 10.0  # samples are meant to lie in [-1, 1]
+LARGEST_PEAK = 1e15  # beyond it the float32 power spectrum overflows
+
+
+class Chunk(NamedTuple):
+    """A piece of a clip that goes through the encoder by itself."""
+
+    frames: Tensor  # (F, bands) normalised log-mel
+    steps: int  # how many of its time steps, from the first, belong to the clip
+
+
+class Embedder(nn.Module):
+    """An encoder with everything around it: what `load_model` returns.
+
+    Args:
+        encoder: from `build_encoder` or a checkpoint.
+        framing: "exact": step i covers frames 4i..4i+3 and stands at their centre, 40 i + 15 ms; steps lie
+            within the clip and no padding enters the encoder. "reference": the released code's framing, with
+            its zero-padded chunks, its regrouping of tokens and its drifting timestamps; needed to reproduce
+            published numbers with published checkpoints.
+        precision: what the encoder's matmuls run in. "auto" is float32 on the CPU and on MPS, bfloat16 on a
+            CUDA device that has it, else float16. Results are float32 always.
+        max_chunks: chunks of 2 s per forward pass; bounds memory, does not change the result.
+        statistics: mean and standard deviation of log-mel to normalise with. None takes each clip's own over
+            all its frames and bands, which is what the models are trained with.
+
+    Attributes:
+        sample_rate: 16000, in Hz.
+        scene_embedding_size, timestamp_embedding_size: E, rows of patches x channels of a token.
+
+    Raises:
+        ValueError: an option is none of the above.
+    """
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        framing: Framing = "exact",
+        precision: Precision = "auto",
+        max_chunks: int = DEFAULT_MAX_CHUNKS,
+        statistics: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("framing", framing, get_args(Framing))
+        _check_choice("precision", precision, get_args(Precision))
+        if type(max_chunks) is not int or max_chunks < 1:
+            raise ValueError(f"max_chunks must be an integer of at least 1, got {max_chunks!r}")
+        self.encoder = encoder
+        self.framing = framing
+        self.precision = precision
+        self.max_chunks = max_chunks
+        self.statistics = None if statistics is None else _check_statistics(statistics)
+        self.log_mel = LogMel()
+        patches = encoder.config.patches
+        self.scene_embedding_size = self.timestamp_embedding_size = patches.rows * encoder.config.dim
+        self.step_ms = HOP_MS * patches.patch_frames
+        self.first_step_ms = HOP_MS * (patches.patch_frames - 1) / 2  # centre of the first column's frames
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are. Audio from elsewhere is brought here, and results back to it."""
+        return self.encoder.cls_token.device
+
+    def scene_embeddings(self, audio: Tensor) -> Tensor:
+        """One embedding per clip: the mean of its timestamp embeddings.
+
+        Args:
+            audio: (B, samples) or (samples,) floating point, 16 kHz mono in [-1, 1].
+
+        Returns:
+            (B, E) float32 on the audio's device, B = 1 for a single clip.
+
+        Raises:
+            TypeError: not a tensor, or samples that are not floating point.
+            ValueError: not one or two dimensions, nothing in it, or samples that are not finite.
+        """
+        return self._embed([check_audio(audio)], per_step=False)[0].to(audio.device)
+
+    def timestamp_embeddings(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """One embedding per time step.
+
+        Args, Raises: as `scene_embeddings`.
+
+        Returns:
+            Embeddings (B, T, E) and timestamps (B, T) in milliseconds, float32 on the audio's device.
+        """
+        batch = check_audio(audio)
+        embeddings = self._embed([batch], per_step=True)[0].to(audio.device)
+        timestamps = self.timestamps_ms(batch.shape[1]).to(audio.device)
+        return embeddings, timestamps.repeat(batch.shape[0], 1)
+
+    def embed_clips(self, clips: Sequence[Tensor], timestamps: bool = False) -> list[Tensor]:
+        """Embed clips of any lengths together; their chunks share forward passes.
+
+        Args:
+            clips: tensors (samples,), each as for `scene_embeddings`.
+            timestamps: return timestamp embeddings; they stand at `timestamps_ms(samples)`.
+
+        Returns:
+            For each clip its scene embedding (E,) or timestamp embeddings (T, E), on the clip's device.
+        """
+        embedded = self._embed([check_audio(clip) for clip in clips], per_step=timestamps)
+        return [embedding[0].to(clip.device) for embedding, clip in zip(embedded, clips)]
+
+    def step_count(self, samples: int) -> int:
+        """Number of time steps of a clip of this many samples.
+
+        In exact framing those whose time lies within the clip, and at least one.
+        """
+        patches = self.encoder.config.patches
+        if self.framing == "reference":
+            return reference.step_count(samples, patches)
+        first_sample, step_samples = HOP * (patches.patch_frames - 1) // 2, HOP * patches.patch_frames
+        return max(1, (samples - first_sample) // step_samples + 1)
+
+    def timestamps_ms(self, samples: int) -> Tensor:
+        """When the steps of a clip of this many samples stand, in milliseconds: (T,) float32."""
+        first_ms, step_ms = self.first_step_ms, self.step_ms
+        if self.framing == "reference":
+            first_ms, step_ms = 0.0, reference.step_ms(samples, self.encoder.config.patches)
+        steps = torch.arange(self.step_count(samples), dtype=torch.float64, device="cpu")
+        return (first_ms + step_ms * steps).float()
+
+    def _embed(self, batches: list[Tensor], per_step: bool) -> list[Tensor]:
+        """For each batch (B, samples) its (B, T, E), or (B, E) if not per_step, on the model's device."""
+        with torch.inference_mode():
+            chunks_of_batch = [self._chunks(batch.to(self.device)) for batch in batches]
+        chunks = [chunk for batch in chunks_of_batch for chunk in batch]
+        # The results are made outside inference mode, so that they may be used in training.
+        rows = sum(chunk.steps for chunk in chunks) if per_step else len(chunks)
+        result = torch.empty(rows, self.scene_embedding_size, device=self.device)
+        offsets = torch.tensor([0] + [chunk.steps for chunk in chunks]).cumsum(0)[:-1].to(self.device)
+        with torch.inference_mode():
+            for indices, embeddings in self._encode(chunks):
+                if per_step:
+                    step = torch.arange(embeddings.shape[1], device=self.device)
+                    result[(offsets[indices][:, None] + step).flatten()] = embeddings.flatten(0, 1)
+                else:
+                    result[indices] = embeddings.sum(1)
+        counts = [sum(chunk.steps for chunk in batch) if per_step else len(batch) for batch in chunks_of_batch]
+        parts = [part.unflatten(0, (len(batch), -1)) for part, batch in zip(result.split(counts), batches)]
+        if per_step:
+            return parts
+        return [part.sum(1) / self.step_count(batch.shape[1]) for part, batch in zip(parts, batches)]
+
+    def _chunks(self, audio: Tensor) -> list[Chunk]:
+        """Frames of (B, samples) cut into chunks, clip by clip, equally many for each clip."""
+        patches = self.encoder.config.patches
+        steps = self.step_count(audio.shape[1])
+        logmel = self.log_mel(audio)  # (B, F, bands)
+        logmel = normalize(logmel, *(self.statistics or clip_statistics(logmel)))
+        if self.framing == "reference":
+            logmel = reference.pad_frames(logmel, patches)
+        else:
+            frames = steps * patches.patch_frames
+            missing = frames - logmel.shape[1]
+            if missing > 0:  # the last step reaches past the clip's end: repeat the last frame
+                logmel = torch.cat([logmel, logmel[:, -1:].expand(-1, missing, -1)], dim=1)
+            logmel = logmel[:, :frames]
+        pieces = logmel.split(patches.chunk_frames, dim=1)
+        kept = [min(patches.steps, steps - index * patches.steps) for index in range(len(pieces))]
+        return [
+            Chunk(piece[clip], keep) for clip in range(audio.shape[0]) for piece, keep in zip(pieces, kept) if keep > 0
+        ]
+
+    def _encode(self, chunks: list[Chunk]) -> Iterator[tuple[list[int], Tensor]]:
+        """Encode chunks of equal shape together; yield their indices and embeddings (chunks, T, E)."""
+        patches = self.encoder.config.patches
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, chunk in enumerate(chunks):
+            alike[chunk.frames.shape[0], chunk.steps].append(index)
+        for (_, steps), indices in alike.items():
+            for first in range(0, len(indices), self.max_chunks):
+                batch = indices[first : first + self.max_chunks]
+                with self._autocast():
+                    tokens = self.encoder(torch.stack([chunks[index].frames for index in batch]))  # (chunks, N, D)
+                if self.framing == "reference":
+                    embeddings = reference.regroup_tokens(tokens, patches)
+                else:
+                    embeddings = tokens.unflatten(1, (-1, patches.rows)).flatten(2)  # time-major: (chunks, T, E)
+                yield batch, embeddings[:, :steps].float()
+
+    def _autocast(self) -> AbstractContextManager:
+        dtype = resolve_precision(self.precision, self.device)
+        return nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype=dtype)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of the encoder's matmuls for this choice on this device."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def check_audio(audio: Tensor) -> Tensor:
+    """Return `audio` as a float32 batch (B, samples), or say clearly what is wrong with it.
+
+    Raises:
+        TypeError: not a tensor, or samples that are not floating point.
+        ValueError: not one or two dimensions, nothing in it, or samples that are not finite.
+    """
+    if not isinstance(audio, Tensor):
+        raise TypeError(
+            f"audio must be a torch.Tensor of shape (clips, samples), got {type(audio).__name__}; "
+            "clips of different lengths go through embed_clips, or one at a time"
+        )
+    if not audio.is_floating_point():
+        raise TypeError(f"audio must hold floating-point samples in [-1, 1], got {audio.dtype}")
+    if audio.ndim not in (1, 2):
+        raise ValueError(f"audio must have shape (clips, samples) or (samples,), got {tuple(audio.shape)}")
+    if audio.numel() == 0:
+        raise ValueError(f"audio is empty: got shape {tuple(audio.shape)}")
+    batch = torch.atleast_2d(audio.detach()).float()
+    lowest, highest = (value.item() for value in batch.aminmax())
+    peak = max(-lowest, highest)
+    if not (math.isfinite(lowest) and peak <= LARGEST_PEAK):  # aminmax hands a NaN on
+        raise ValueError(f"audio must be finite samples in [-1, 1], got values from {lowest} to {highest}")
+    if peak > PEAK_WORTH_A_WARNING:
+        warnings.warn(
+            f"audio peaks at {peak:g}; samples are expected in [-1, 1]. 16-bit samples are divided by 32768.",
+            stacklevel=3,
+        )
+    return batch
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _check_statistics(statistics: Sequence[float]) -> tuple[float, float]:
+    try:
+        mean, std = (float(value) for value in statistics)
+    except (TypeError, ValueError):
+        raise ValueError(f"statistics must be a mean and a standard deviation, got {statistics!r}") from None
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise ValueError(f"statistics must be a finite mean and a positive standard deviation, got {statistics!r}")
+    return mean, std

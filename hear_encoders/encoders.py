@@ -1,0 +1,30 @@
+"""From a configuration to an encoder."""
+
+from __future__ import annotations
+
+import torch
+
+from hear_encoders.axlstm import AxLSTMEncoder
+from hear_encoders.config import AxLSTMConfig, EncoderConfig, TransformerConfig
+from hear_encoders.transformer import TransformerEncoder
+
+Encoder = TransformerEncoder | AxLSTMEncoder
+
+ENCODER_OF_CONFIG = {TransformerConfig: TransformerEncoder, AxLSTMConfig: AxLSTMEncoder}
+
+
+def build_encoder(config: EncoderConfig, seed: int | None = None) -> Encoder:
+    """Build an encoder with freshly initialised weights.
+
+    Args:
+        config: a configuration, such as `preset("axlstm_tiny")`.
+        seed: initialise from this seed, leaving torch's global generator as it was; None draws from it.
+    """
+    encoder = ENCODER_OF_CONFIG[type(config)](config)
+    if seed is None:
+        encoder.reset_parameters()
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder.reset_parameters()
+    return encoder

@@ -1,0 +1,126 @@
+"""What the two HEAR modules, `hear_audiomaepp` and `hear_axlstm`, have in common.
+
+The HEAR API (https://hearbenchmark.com/hear-api.html) asks a module for `load_model`,
+`get_scene_embeddings` and `get_timestamp_embeddings`. The modules differ in the families of encoders they
+take and in the weights they bring.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from hear_encoders.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, resolve
+from hear_encoders.config import preset
+from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Precision
+from hear_encoders.encoders import build_encoder
+
+UNTRAINED_SEED = 0
+
+
+@dataclass(frozen=True)
+class HearModule:
+    """One HEAR module.
+
+    Attributes:
+        name: the import package.
+        families: the encoder families it takes; the first is its own, the others are its paper's baselines.
+        default_preset: what it builds where no weights are given and none are bundled.
+        bundled: the directory its bundled weights would lie in.
+    """
+
+    name: str
+    families: tuple[str, ...]
+    default_preset: str
+    bundled: Path
+
+    def load_model(
+        self,
+        model_file_path: str | os.PathLike[str] = "",
+        *,
+        revision: str | None = None,
+        framing: Framing = "exact",
+        precision: Precision = "auto",
+        max_chunks: int = DEFAULT_MAX_CHUNKS,
+        statistics: Sequence[float] | None = None,
+    ) -> Embedder:
+        """Load a model on the CPU; move it with `.to(device)`.
+
+        Args:
+            model_file_path: a directory with `config.json` and `model.safetensors`, such a `.safetensors`
+                file, or a Hugging Face Hub repository "org/name". Empty: the weights bundled with the package.
+            revision: branch, tag or commit of the Hub repository; None is its default branch.
+            framing: "exact", or "reference" for the released code's framing.
+            precision: of the encoder's matmuls; "auto", "float32", "bfloat16" or "float16".
+            max_chunks: chunks of 2 s per forward pass; bounds memory, does not change the result.
+            statistics: mean and standard deviation of log-mel to normalise with instead of each clip's own.
+
+        Returns:
+            A `torch.nn.Module` with `sample_rate` (16000 Hz), `scene_embedding_size`,
+            `timestamp_embedding_size`. See `hear_encoders.Embedder` for the options in full.
+
+        Raises:
+            FileNotFoundError: the weights are not there, nor in the cache of an offline machine.
+            PermissionError, ConnectionError: the Hub asks for a token, or failed.
+            ValueError: a damaged or foreign checkpoint, one of another family, or an impossible option.
+        """
+        options = {"framing": framing, "precision": precision, "max_chunks": max_chunks, "statistics": statistics}
+        if model_file_path:
+            source = resolve(model_file_path, revision)
+        elif revision is not None:
+            raise ValueError(f"revision {revision!r} was given without a Hub repository to take it from")
+        elif (self.bundled / CONFIG_FILE).exists():
+            source = self.bundled / WEIGHTS_FILE
+        else:
+            warnings.warn(
+                f"{self.name} has no bundled weights yet: this {self.default_preset} is untrained, built from seed "
+                f"{UNTRAINED_SEED}. Give load_model a directory, a .safetensors file or a Hub repository.",
+                stacklevel=2,
+            )
+            return Embedder(build_encoder(preset(self.default_preset), seed=UNTRAINED_SEED).eval(), **options)
+        encoder = load_checkpoint(source)
+        if encoder.config.family not in self.families:
+            raise ValueError(f"{source}: holds a model of family {encoder.config.family!r}, {self._takes()}")
+        return Embedder(encoder, **options)
+
+    def get_scene_embeddings(self, audio: Tensor, model: Embedder) -> Tensor:
+        """One embedding per clip, the mean over its time steps.
+
+        Args:
+            audio: (clips, samples) floating point, 16 kHz mono in [-1, 1].
+            model: from this module's `load_model`.
+
+        Returns:
+            (clips, model.scene_embedding_size) float32 on the audio's device.
+
+        Raises:
+            TypeError: not a tensor of floating-point samples, or not a model.
+            ValueError: another shape, empty or not finite audio, or a model of another family.
+        """
+        return self._check(model).scene_embeddings(audio)
+
+    def get_timestamp_embeddings(self, audio: Tensor, model: Embedder) -> tuple[Tensor, Tensor]:
+        """One embedding per time step of each clip.
+
+        Args, Raises: as `get_scene_embeddings`.
+
+        Returns:
+            Embeddings (clips, steps, model.timestamp_embedding_size) and timestamps (clips, steps) in
+            milliseconds, float32 on the audio's device. In exact framing step i stands at 40 i + 15 ms.
+        """
+        return self._check(model).timestamp_embeddings(audio)
+
+    def _check(self, model: Embedder) -> Embedder:
+        if not isinstance(model, Embedder):
+            raise TypeError(f"model must come from {self.name}.load_model, got {type(model).__name__}")
+        if model.encoder.config.family not in self.families:
+            raise ValueError(f"the model is of family {model.encoder.config.family!r}, {self._takes()}")
+        return model
+
+    def _takes(self) -> str:
+        return f"but {self.name} takes {' and '.join(self.families)}"

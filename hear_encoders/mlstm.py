@@ -1,0 +1,176 @@
+"""The mLSTM cell (AxLSTM equations 1-9; Beck et al. 2024, xLSTM, section 2.3 and appendix A.3).
+
+One operator in three forms that agree: `recurrent` goes step by step, `parallel` makes all steps at once,
+`chunkwise` carries a state from chunk to chunk and is parallel inside. State is a value that goes in and
+comes out; nothing is kept on a module. All of it is float32 (float64 for float64 inputs), also under autocast.
+
+Letters in shape comments: B sequences, H heads, S steps, D channels of a head.
+
+With F = cumsum(log f), the weight of step s in the output at step t is exp(F_t - F_s + log i_s), for s <= t,
+over a stabiliser exp(m_t). Writing g_s = log i_s - F_s, its logarithm is g_s - max(g_1..g_t): F_t cancels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MLSTMMode = Literal["parallel", "chunkwise", "recurrent"]
+
+NORMALIZER_EPS = 1e-6
+DEFAULT_CHUNK = 64
+
+# Weights are relative to the largest one. Those below exp(floor) cannot be seen in the result; made exactly
+# zero they keep denormal numbers, which slow a CPU's matmuls many times over, from arising.
+_LOG_WEIGHT_FLOOR = {torch.float32: -40.0, torch.float64: -80.0}
+# exp(-m) bounds the normaliser from below. Past this it only has to stay finite, so that gradients do.
+_LOG_BOUND_CEILING = {torch.float32: 60.0, torch.float64: 600.0}
+
+
+class MLSTMState(NamedTuple):
+    """What the cell remembers, stabilised: the true memory is exp(m) * C, the true normaliser exp(m) * n."""
+
+    C: Tensor  # (B, H, D, D) memory, keys x values
+    n: Tensor  # (B, H, D) normaliser
+    m: Tensor  # (B, H) log of the stabiliser; -inf before the first step
+
+
+def initial_state(batch: int, heads: int, head_dim: int, *, dtype=torch.float32, device=None) -> MLSTMState:
+    """Return the state before the first step."""
+    return MLSTMState(
+        C=torch.zeros(batch, heads, head_dim, head_dim, dtype=dtype, device=device),
+        n=torch.zeros(batch, heads, head_dim, dtype=dtype, device=device),
+        m=torch.full((batch, heads), -torch.inf, dtype=dtype, device=device),
+    )
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_i: Tensor,
+    log_f: Tensor,
+    state: MLSTMState | None = None,
+    *,
+    mode: MLSTMMode = "chunkwise",
+    chunk_size: int = DEFAULT_CHUNK,
+) -> tuple[Tensor, MLSTMState]:
+    """Run the mLSTM cell over a sequence.
+
+    Args:
+        q, k, v: (B, H, S, D) queries, keys, values; any floating dtype.
+        log_i: (B, H, S) logarithm of the input gate: its pre-activation (exponential gate) or the
+            log-sigmoid of it (sigmoid gate).
+        log_f: (B, H, S) logarithm of the forget gate: the log-sigmoid of its pre-activation.
+        state: the state before the first step; None is the initial state.
+        mode: "parallel" needs memory S x S, "chunkwise" S x chunk_size, "recurrent" none of them.
+        chunk_size: steps that "chunkwise" makes at once; the result does not depend on it.
+
+    Returns:
+        h (B, H, S, D) and the state after the last step, both float32 (float64 if q is float64).
+
+    Raises:
+        ValueError: unknown mode, chunk_size below 1, or an empty sequence.
+    """
+    length = q.shape[2]
+    if length < 1:
+        raise ValueError("expected at least one step, got an empty sequence")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, log_i, log_f = (x.to(dtype) for x in (q, k, v, log_i, log_f))
+        if mode == "parallel":
+            return _chunk(q, k, v, log_i, log_f, state)
+        if mode == "chunkwise":
+            if chunk_size < 1:
+                raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+            outputs = []
+            for first in range(0, length, chunk_size):
+                steps = slice(first, first + chunk_size)
+                h, state = _chunk(
+                    q[:, :, steps], k[:, :, steps], v[:, :, steps], log_i[:, :, steps], log_f[:, :, steps], state
+                )
+                outputs.append(h)
+            return torch.cat(outputs, dim=2), state
+        if mode == "recurrent":
+            outputs = []
+            for t in range(length):
+                h, state = mlstm_step(q[:, :, t], k[:, :, t], v[:, :, t], log_i[:, :, t], log_f[:, :, t], state)
+                outputs.append(h)
+            return torch.stack(outputs, dim=2), state
+    raise ValueError(f"unknown mode {mode!r}; expected 'parallel', 'chunkwise' or 'recurrent'")
+
+
+def mlstm_step(
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState | None = None
+) -> tuple[Tensor, MLSTMState]:
+    """Make one step of the mLSTM cell: time and memory do not depend on what came before.
+
+    Args:
+        q, k, v: (B, H, D); log_i, log_f: (B, H), as in `mlstm`.
+        state: the state before this step; None is the initial state.
+
+    Returns:
+        h (B, H, D) and the state after this step, float32 (float64 if q is float64).
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, log_i, log_f = (x.to(dtype) for x in (q, k, v, log_i, log_f))
+        if state is None:
+            state = initial_state(*q.shape, dtype=dtype, device=q.device)
+        k = k * k.shape[-1] ** -0.5
+        m = torch.maximum(log_f + state.m, log_i)
+        keep = _exp_weight(log_f + state.m - m)[..., None]  # (B, H, 1)
+        write = _exp_weight(log_i - m)[..., None] * k  # (B, H, D)
+        C = keep[..., None] * state.C + write[..., :, None] * v[..., None, :]
+        n = keep * state.n + write
+        h = _normalize((q[..., None, :] @ C).squeeze(-2), (q * n).sum(-1), m)
+    return h, MLSTMState(C, n, m)
+
+
+def _chunk(
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState | None
+) -> tuple[Tensor, MLSTMState]:
+    """All steps of one chunk at once, from the state before it to the state after it."""
+    # Differences of running sums lose digits where the sums are large; the sums are small, so widen them.
+    wide = torch.float32 if q.device.type == "mps" else torch.float64  # MPS has no float64
+    length = q.shape[2]
+    k = k * k.shape[-1] ** -0.5
+    forgotten = log_f.to(wide).cumsum(-1)  # (B, H, S): F_t from the chunk's beginning
+    g = log_i.to(wide) - forgotten
+    largest = torch.cummax(g, dim=-1).values  # (B, H, S)
+    if state is not None:
+        largest = torch.maximum(largest, state.m.to(wide)[..., None])
+    m = (forgotten + largest).to(q.dtype)
+
+    log_weights = (g[..., None, :] - largest[..., :, None]).to(q.dtype)  # (B, H, S, S): [t, s]
+    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
+    weights = _exp_weight(log_weights.masked_fill(future, -torch.inf))
+    scores = weights * (q @ k.transpose(-1, -2))
+    numerator = scores @ v  # (B, H, S, D)
+    normalizer = scores.sum(-1)  # (B, H, S)
+
+    write = _exp_weight((g - largest[..., -1:]).to(q.dtype))[..., None] * k  # (B, H, S, D)
+    C = write.transpose(-1, -2) @ v
+    n = write.sum(2)
+    if state is not None:
+        seen = _exp_weight((state.m.to(wide)[..., None] - largest).to(q.dtype))  # (B, H, S)
+        numerator = numerator + seen[..., None] * (q @ state.C)
+        normalizer = normalizer + seen * (q @ state.n[..., None]).squeeze(-1)
+        keep = seen[..., -1:]
+        C = C + keep[..., None] * state.C
+        n = n + keep * state.n
+    return _normalize(numerator, normalizer, m), MLSTMState(C, n, m[..., -1])
+
+
+def _exp_weight(log_weight: Tensor) -> Tensor:
+    """exp of a relative log weight (at most 0), exactly zero below the floor."""
+    return F.threshold(log_weight, _LOG_WEIGHT_FLOOR[log_weight.dtype], -torch.inf).exp()
+
+
+def _normalize(numerator: Tensor, normalizer: Tensor, m: Tensor) -> Tensor:
+    """numerator / (max(|normalizer|, exp(-m)) + eps): (..., D), (...), (...) -> (..., D)."""
+    bound = (-m).clamp(max=_LOG_BOUND_CEILING[m.dtype]).exp()
+    return numerator / (torch.maximum(normalizer.abs(), bound) + NORMALIZER_EPS)[..., None]
