@@ -137,3 +137,12 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """SHA-256 of an encoder's configuration and weights: equal for equal encoders, wherever they came from."""
+    digest = hashlib.sha256(json.dumps(config_to_dict(encoder.config), sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -104,7 +104,7 @@ class Embedder(nn.Module):
             TypeError: not a tensor, or samples that are not floating point.
             ValueError: not one or two dimensions, nothing in it, or samples that are not finite.
         """
-        return self._embed([check_audio(audio)], per_step=False)[0].to(audio.device)
+        return self.embed_batches([check_audio(audio)])[0].to(audio.device)
 
     def timestamp_embeddings(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """One embedding per time step.
@@ -115,22 +115,9 @@ class Embedder(nn.Module):
             Embeddings (B, T, E) and timestamps (B, T) in milliseconds, float32 on the audio's device.
         """
         batch = check_audio(audio)
-        embeddings = self._embed([batch], per_step=True)[0].to(audio.device)
+        embeddings = self.embed_batches([batch], per_step=True)[0].to(audio.device)
         timestamps = self.timestamps_ms(batch.shape[1]).to(audio.device)
         return embeddings, timestamps.repeat(batch.shape[0], 1)
-
-    def embed_clips(self, clips: Sequence[Tensor], timestamps: bool = False) -> list[Tensor]:
-        """Embed clips of any lengths together; their chunks share forward passes.
-
-        Args:
-            clips: tensors (samples,), each as for `scene_embeddings`.
-            timestamps: return timestamp embeddings; they stand at `timestamps_ms(samples)`.
-
-        Returns:
-            For each clip its scene embedding (E,) or timestamp embeddings (T, E), on the clip's device.
-        """
-        embedded = self._embed([check_audio(clip) for clip in clips], per_step=timestamps)
-        return [embedding[0].to(clip.device) for embedding, clip in zip(embedded, clips)]
 
     def step_count(self, samples: int) -> int:
         """Number of time steps of a clip of this many samples.
@@ -151,8 +138,17 @@ class Embedder(nn.Module):
         steps = torch.arange(self.step_count(samples), dtype=torch.float64, device="cpu")
         return (first_ms + step_ms * steps).float()
 
-    def _embed(self, batches: list[Tensor], per_step: bool) -> list[Tensor]:
-        """For each batch (B, samples) its (B, T, E), or (B, E) if not per_step, on the model's device."""
+    def embed_batches(self, batches: Sequence[Tensor], per_step: bool = False) -> list[Tensor]:
+        """Embed batches of different lengths together: their chunks share forward passes.
+
+        Args:
+            batches: tensors (B, samples), each as `check_audio` returns it.
+            per_step: return timestamp embeddings; they stand at `timestamps_ms(samples)`.
+
+        Returns:
+            For each batch its scene embeddings (B, E), or timestamp embeddings (B, T, E), float32 on the
+            model's device.
+        """
         with torch.inference_mode():
             chunks_of_batch = [self._chunks(batch.to(self.device)) for batch in batches]
         chunks = [chunk for batch in chunks_of_batch for chunk in batch]
@@ -224,8 +220,15 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def check_audio(audio: Tensor) -> Tensor:
+def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
     """Return `audio` as a float32 batch (B, samples), or say clearly what is wrong with it.
+
+    Args:
+        audio: (B, samples) or (samples,) floating point.
+        name: what to call it in messages, such as a file's path.
+
+    Warns:
+        UserWarning: samples far outside [-1, 1], as of 16-bit audio that was not scaled.
 
     Raises:
         TypeError: not a tensor, or samples that are not floating point.
@@ -233,23 +236,23 @@ def check_audio(audio: Tensor) -> Tensor:
     """
     if not isinstance(audio, Tensor):
         raise TypeError(
-            f"audio must be a torch.Tensor of shape (clips, samples), got {type(audio).__name__}; "
-            "clips of different lengths go through embed_clips, or one at a time"
+            f"{name} must be a torch.Tensor of shape (clips, samples), got {type(audio).__name__}; "
+            "clips of different lengths are embedded one by one"
         )
     if not audio.is_floating_point():
-        raise TypeError(f"audio must hold floating-point samples in [-1, 1], got {audio.dtype}")
+        raise TypeError(f"{name} must hold floating-point samples in [-1, 1], got {audio.dtype}")
     if audio.ndim not in (1, 2):
-        raise ValueError(f"audio must have shape (clips, samples) or (samples,), got {tuple(audio.shape)}")
+        raise ValueError(f"{name} must have shape (clips, samples) or (samples,), got {tuple(audio.shape)}")
     if audio.numel() == 0:
-        raise ValueError(f"audio is empty: got shape {tuple(audio.shape)}")
+        raise ValueError(f"{name} is empty: got shape {tuple(audio.shape)}")
     batch = torch.atleast_2d(audio.detach()).float()
     lowest, highest = (value.item() for value in batch.aminmax())
     peak = max(-lowest, highest)
     if not (math.isfinite(lowest) and peak <= LARGEST_PEAK):  # aminmax hands a NaN on
-        raise ValueError(f"audio must be finite samples in [-1, 1], got values from {lowest} to {highest}")
+        raise ValueError(f"{name} must hold finite samples in [-1, 1], got values from {lowest} to {highest}")
     if peak > PEAK_WORTH_A_WARNING:
         warnings.warn(
-            f"audio peaks at {peak:g}; samples are expected in [-1, 1]. 16-bit samples are divided by 32768.",
+            f"{name} peaks at {peak:g}; samples are expected in [-1, 1]. 16-bit samples are divided by 32768.",
             stacklevel=3,
         )
     return batch

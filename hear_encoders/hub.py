@@ -20,7 +20,7 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> Path:
 
     Args:
         repo_id: the repository, "org/name".
-        revision: a branch, a tag or a commit; None is the default branch.
+        revision: a branch, a tag or a full commit; None is the default branch, main.
 
     Returns:
         The snapshot directory in the Hub cache. Both files in it are complete.
@@ -33,17 +33,17 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> Path:
         ConnectionError: the Hub answered with an error, or a download was cut short or arrived damaged.
         OSError: the cache cannot be written.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        config = Path(hf_hub_download(repo_id, CONFIG_FILE, revision=revision, local_files_only=True))
-        hf_hub_download(repo_id, WEIGHTS_FILE, revision=config.parent.name, local_files_only=True)
-        return config.parent
+        # Not hf_hub_download(local_files_only=True): late 1.x and 2.x may still ask the Hub for its list of AI agents.
+        cached = try_to_load_from_cache(repo_id, CONFIG_FILE, revision=revision)
     except HFValidationError as err:
         raise ValueError(f"{repo_id!r} is neither a local path nor a Hub repository, 'org/name': {err}") from err
-    except LocalEntryNotFoundError:
-        pass  # nothing is cached, or only one of the two files
+    # Otherwise it is None, or the mark of a file known not to exist.
+    if isinstance(cached, str) and (Path(cached).parent / WEIGHTS_FILE).is_file():
+        return Path(cached).parent
     where = f"{repo_id!r} at {'its default branch' if revision is None else f'revision {revision!r}'}"
     config = _download(repo_id, CONFIG_FILE, revision, where)
     # A snapshot directory is named after its commit; the branch may have moved since, which must not mix the files.
@@ -58,11 +58,11 @@ def _download(repo_id: str, filename: str, revision: str | None, where: str) -> 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The HTTP client is requests in 0.x, httpx in 1.x and httpx2 in 2.x; its error is the first base of the library's.
-    # In 0.x the client's other errors are OSErrors; a RuntimeError is what the Xet and hf_transfer backends raise.
+    # The HTTP client is requests in 0.x (all its errors are OSErrors), httpx in 1.x and httpx2 in 2.x (all its errors
+    # have the first base of the library's); the Xet and hf_transfer backends raise RuntimeError.
     client_error = HfHubHTTPError.__bases__[0]
     try:
-        # The library moves a file to its place only when its size is the announced one, so none is ever partial.
+        # A file gets to its place only once its size is the announced one (with Xet: its hash), so none is partial.
         return Path(hf_hub_download(repo_id, filename, revision=revision))
     except (OSError, RuntimeError, client_error) as err:
         if isinstance(err, OSError) and err.errno is not None:
@@ -98,9 +98,7 @@ def _explain(err: Exception, repo_id: str, filename: str, where: str) -> OSError
     if isinstance(cause, errors.EntryNotFoundError) and status == 404:
         return FileNotFoundError(f"there is no {file}: a checkpoint needs both {CONFIG_FILE} and {WEIGHTS_FILE}")
     if status == 404:
-        return FileNotFoundError(
-            f"no such repository on the Hub, looking for {file}, and no such local path: check the name"
-        )
+        return FileNotFoundError(f"no such repository on the Hub and no such local path, looking for {file}")
     if status not in (None, 416):  # 416 is about the partial file of an earlier download, see below
         return ConnectionError(f"the Hub answered HTTP {status} for {file}: try again later")
     if isinstance(cause, errors.FileMetadataError):

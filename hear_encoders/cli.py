@@ -1,0 +1,191 @@
+"""The two commands: `hear-embed` (audio files to embeddings) and `hear-weights` (look at and convert weights)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from hear_encoders import checkpoint
+from hear_encoders.config import InputGate, config_to_dict
+from hear_encoders.corpus import AudioFile, embed_corpus, find_audio
+from hear_encoders.embedder import Embedder, Framing, Precision, resolve_precision
+from hear_encoders.outputs import Output, open_output
+from hear_encoders.reference import import_checkpoint
+
+MODELS = ("hear_audiomaepp", "hear_axlstm")
+FAILED, BAD_USAGE = 1, 2
+
+_EMBED_EPILOG = """\
+examples:
+  hear-embed recordings/ -o embeddings.npz
+  hear-embed 'calls/**/*.mp3' -o steps.parquet --timestamps --model hear_axlstm
+  hear-embed a.wav b.flac -o embeddings/ --weights org/name --device cuda
+
+One scene embedding per file, or with --timestamps one embedding per 40 ms. A folder as output can be resumed:
+what it holds is skipped. Exit code 1: some files failed, the rest are done. Exit code 2: nothing was done.
+"""
+
+
+def embed_main(arguments: Sequence[str] | None = None) -> int:
+    """`hear-embed`: embed files, folders and globs of audio. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "hear-embed",
+        description="Embed audio files: any format libsndfile reads, any sample rate, any channels.",
+        epilog=_EMBED_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder (recursive) or glob pattern")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help=".npz, .parquet or a folder")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
+    parser.add_argument("--weights", default="", help="directory, .safetensors or Hub org/name; default: bundled")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--timestamps", action="store_true", help="one embedding per time step instead of per file")
+    parser.add_argument("--framing", choices=get_args(Framing), default="exact", help="default: %(default)s")
+    parser.add_argument("--device", help="such as cpu, cuda, cuda:1; default: cuda where there is one, else cpu")
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--batch-seconds",
+        type=_positive(float),
+        default=120.0,
+        metavar="N",
+        help="audio encoded together; default: 120",
+    )
+    parser.add_argument(
+        "--jobs", type=_positive(int), default=min(8, os.cpu_count() or 1), metavar="N", help="decoding threads"
+    )
+    options = parser.parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_args, **_kwargs: _say(parser.prog, f"warning: {message}")
+        try:
+            files = find_audio(options.inputs)
+            embedder = _load(options)
+            output = open_output(options.output, options.timestamps, _settings(embedder, options.model))
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no such device
+            _say(parser.prog, f"error: {error}")
+            return BAD_USAGE
+        return _embed(parser.prog, embedder, files, output, options)
+
+
+def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output, options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    todo = [file for file in files if not output.has(file.name)]
+    try:
+        with tqdm(total=len(todo), unit="file", disable=None) as bar:  # None: only on a terminal
+            failures = embed_corpus(
+                embedder,
+                todo,
+                output,
+                timestamps=options.timestamps,
+                batch_seconds=options.batch_seconds,
+                jobs=options.jobs,
+                on_done=bar.update,
+            )
+    except BaseException:
+        output.abort()
+        raise
+    done, skipped = len(todo) - len(failures), len(files) - len(todo)
+    if done:
+        output.close()
+        print(
+            f"{options.output}: {done} of {len(files)} files embedded" + (f", {skipped} there before" * bool(skipped))
+        )
+    else:
+        output.abort()
+        print(f"{options.output}: nothing new, {skipped} of {len(files)} files there before")
+    for failure in failures:
+        _say(prog, f"failed: {failure.reason}")
+    return FAILED if failures else 0
+
+
+def _load(options: argparse.Namespace) -> Embedder:
+    embedder = importlib.import_module(options.model).load_model(
+        options.weights, revision=options.revision, framing=options.framing, precision=options.precision
+    )
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return embedder.to(torch.device(device))
+
+
+def _settings(embedder: Embedder, model: str) -> dict[str, str]:
+    """What the numbers in an output depend on."""
+    return {
+        "model": model,
+        "weights": checkpoint.fingerprint(embedder.encoder),
+        "framing": embedder.framing,
+        "precision": str(resolve_precision(embedder.precision, embedder.device)).removeprefix("torch."),
+    }
+
+
+def weights_main(arguments: Sequence[str] | None = None) -> int:
+    """`hear-weights`: show a checkpoint, or import one of the papers' released code. Returns the exit code."""
+    parser = argparse.ArgumentParser("hear-weights", description="Look at checkpoints and convert released ones.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    show = commands.add_parser("show", help="print a checkpoint's configuration, size, parameters and SHA-256")
+    show.add_argument("source", metavar="PATH", help="directory, .safetensors file or Hub org/name")
+    show.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+
+    convert = commands.add_parser(
+        "import",
+        help="convert a .pth of the papers' released code; its pickle is not executed",
+        epilog="example: hear-weights import axlstm_tiny.pth axlstm-tiny/ --no-flip",
+    )
+    convert.add_argument("checkpoint", metavar="CHECKPOINT.pth", type=Path)
+    convert.add_argument("output", metavar="OUT_DIR", type=Path)
+    convert.add_argument(
+        "--heads", type=_positive(int), metavar="N", help="attention heads (3 Tiny, 6 Small, 12 Base, 16 Large)"
+    )
+    convert.add_argument("--no-flip", action="store_true", help="an AxLSTM that was trained without flipping")
+    convert.add_argument("--input-gate", choices=get_args(InputGate), default="exponential", help="of an AxLSTM")
+
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "show":
+            _show(checkpoint.resolve(options.source, options.revision))
+        else:
+            config, tensors = import_checkpoint(
+                options.checkpoint, options.heads, flip=not options.no_flip, input_gate=options.input_gate
+            )
+            encoder = checkpoint.encoder_from_tensors(config, tensors, str(options.checkpoint))
+            checkpoint.save_checkpoint(options.output, encoder)
+            _show(options.output / checkpoint.WEIGHTS_FILE)
+    except (OSError, ValueError) as error:
+        _say(parser.prog, f"error: {error}")
+        return BAD_USAGE
+    return 0
+
+
+def _show(weights: Path) -> None:
+    encoder = checkpoint.load_checkpoint(weights)
+    print(f"file        {weights}")
+    print(f"size        {weights.stat().st_size / 1e6:.1f} MB")
+    print(f"SHA-256     {checkpoint.sha256(weights)}")
+    print(f"parameters  {sum(parameter.numel() for parameter in encoder.parameters()):,}")
+    for field, value in config_to_dict(encoder.config).items():
+        for name, inner in value.items() if isinstance(value, dict) else [(field, value)]:
+            print(f"{name:<16}  {inner}")
+
+
+def _say(prog: str, message: str) -> None:
+    print(f"{prog}: {message}", file=sys.stderr)
+
+
+def _positive(kind: type[float]) -> Callable[[str], float]:
+    """An argparse type: a number of this kind above zero."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse names it in its message
+    return parse

@@ -1,0 +1,171 @@
+"""Where `hear-embed` puts embeddings: an `.npz` file, a `.parquet` file, or a folder of `.npy` files.
+
+All are written atomically. Arrays per kind of output and of embedding (E: embedding size, T: time steps):
+
+    .npz, scenes          paths (files,), embeddings (files, E)
+    .npz, timestamps      paths (files,), offsets (files + 1,), timestamps_ms (all T,), embeddings (all T, E);
+                          file i has the rows offsets[i]:offsets[i + 1]
+    .parquet, scenes      one row a file: path, embedding
+    .parquet, timestamps  one row a step: path, timestamp_ms, embedding
+    folder, scenes        NAME.npy (E,) for every file, in the folders the files lie in
+    folder, timestamps    NAME.npy (T, E) and NAME.timestamps_ms.npy (T,)
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from hear_encoders.atomic import atomic_write
+
+SETTINGS_FILE = "hear-embed.json"
+# Suffixes that one expects to be honoured; anything else that does not exist yet is a folder's name.
+_OTHER_FORMATS = {".npy", ".csv", ".tsv", ".json", ".jsonl", ".pt", ".pth", ".h5", ".hdf5", ".pkl", ".safetensors"}
+
+
+class Output(Protocol):
+    """Takes the embeddings of one file at a time; `close` puts the result in place, `abort` leaves none."""
+
+    def has(self, name: str) -> bool: ...
+
+    def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None: ...
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+def open_output(path: Path, timestamps: bool, settings: dict[str, Any]) -> Output:
+    """Open the output that the name stands for.
+
+    Args:
+        path: ends in `.npz` or `.parquet`, or is a folder.
+        timestamps: whether timestamp embeddings will come.
+        settings: what the embeddings depend on. A folder keeps them, so that no two runs mix in it.
+
+    Raises:
+        ValueError: a name that stands for none of the three, a folder that holds embeddings made with other
+            settings, or Parquet without pyarrow.
+    """
+    suffix = path.suffix.lower()
+    if suffix in (".npz", ".parquet") and not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return NpzOutput(path, timestamps) if suffix == ".npz" else ParquetOutput(path, timestamps)
+    if suffix in _OTHER_FORMATS or path.is_file():
+        raise ValueError(f"{path}: expected a name ending in .npz or .parquet, or a folder")
+    return FolderOutput(path, timestamps, settings)
+
+
+class NpzOutput:
+    """One `.npz` file, written at the end."""
+
+    def __init__(self, path: Path, timestamps: bool) -> None:
+        self._path = path
+        self._timestamps = timestamps
+        self._rows: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None:
+        self._rows[path] = (embedding, timestamps_ms)
+
+    def close(self) -> None:
+        paths = sorted(self._rows)
+        arrays: dict[str, np.ndarray] = {"paths": np.array(paths)}
+        if self._timestamps:
+            embeddings = [self._rows[path][0] for path in paths]
+            arrays["offsets"] = np.cumsum([0] + [len(embedding) for embedding in embeddings])
+            arrays["timestamps_ms"] = np.concatenate([self._rows[path][1] for path in paths])
+            arrays["embeddings"] = np.concatenate(embeddings)
+        else:
+            arrays["embeddings"] = np.stack([self._rows[path][0] for path in paths])
+        with atomic_write(self._path) as file:
+            np.savez(file, **arrays)
+
+    def abort(self) -> None:
+        self._rows.clear()
+
+
+class ParquetOutput:
+    """One `.parquet` file, written as embeddings come; rows are in the order of encoding."""
+
+    def __init__(self, path: Path, timestamps: bool) -> None:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise ValueError("Parquet needs pyarrow: pip install 'hear-audiomaepp[parquet]'") from None
+        self._arrow = pyarrow
+        self._timestamps = timestamps
+        self._writer: Any = None
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(atomic_write(path))
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None:
+        rows = np.atleast_2d(embedding)  # (1, E) or (T, E)
+        columns = {"path": self._arrow.array([path] * len(rows))}
+        if self._timestamps:
+            columns["timestamp_ms"] = self._arrow.array(timestamps_ms)
+        columns["embedding"] = self._arrow.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
+        table = self._arrow.table(columns)
+        if self._writer is None:
+            self._writer = self._stack.enter_context(self._arrow.parquet.ParquetWriter(self._file, table.schema))
+        self._writer.write_table(table)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def abort(self) -> None:
+        abandoned = KeyboardInterrupt()  # any exception makes the atomic file go away
+        self._stack.__exit__(type(abandoned), abandoned, None)
+
+
+class FolderOutput:
+    """A folder with one `.npy` file for each audio file. What is there already is not made again."""
+
+    def __init__(self, path: Path, timestamps: bool, settings: dict[str, Any]) -> None:
+        self._folder = path
+        self._timestamps = timestamps
+        record = path / SETTINGS_FILE
+        settings = {**settings, "timestamps": timestamps}
+        if record.exists():
+            earlier = json.loads(record.read_text(encoding="utf-8"))
+            differing = sorted(key for key in settings if earlier.get(key) != settings[key])
+            if differing:
+                key = differing[0]
+                raise ValueError(
+                    f"{path} holds embeddings made with {key} = {earlier.get(key)!r}, now {settings[key]!r}: "
+                    "choose another folder or delete it"
+                )
+        path.mkdir(parents=True, exist_ok=True)
+        with atomic_write(record) as file:
+            file.write((json.dumps(settings, indent=2) + "\n").encode())
+
+    def has(self, name: str) -> bool:
+        return self._embedding_path(name).exists()  # written last
+
+    def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None:
+        target = self._embedding_path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if timestamps_ms is not None:
+            with atomic_write(target.with_name(f"{Path(name).name}.timestamps_ms.npy")) as file:
+                np.save(file, timestamps_ms)
+        with atomic_write(target) as file:
+            np.save(file, embedding)
+
+    def _embedding_path(self, name: str) -> Path:
+        return self._folder / f"{name}.npy"
+
+    def close(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
