@@ -21,6 +21,8 @@ BLOCK_NORM_EPS = 1e-5
 HEAD_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
 
+MATMUL_SIZE = 16  # least size at which small matmuls are worth it, measured on a CPU
+
 
 class BlockDiagonal(nn.Module):
     """Linear map without bias whose matrix has `size` x `size` blocks on its diagonal."""
@@ -30,8 +32,15 @@ class BlockDiagonal(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels // size, size, size))  # (blocks, out, in)
 
     def forward(self, x: Tensor) -> Tensor:
-        blocks = x.unflatten(-1, self.weight.shape[::2])  # (B, S, blocks, in)
-        return torch.einsum("bsni,noi->bsno", blocks, self.weight).flatten(-2)
+        batch, length, channels = x.shape
+        blocks, size, _ = self.weight.shape
+        # Matmuls of 4 x 4 are nearly all overhead: several blocks go into one, between them zeros.
+        merged = math.gcd(blocks, max(1, MATMUL_SIZE // size))
+        weight = self.weight.transpose(1, 2).unflatten(0, (-1, merged))  # (groups, merged, in, out)
+        weight = torch.diag_embed(weight.movedim(1, -1), dim1=1, dim2=3)  # (groups, merged, in, merged, out)
+        weight = weight.flatten(3).flatten(1, 2)  # (groups, merged * in, merged * out)
+        x = x.reshape(batch * length, -1, merged * size).transpose(0, 1)  # (groups, B S, merged * in)
+        return (x @ weight).transpose(0, 1).reshape(batch, length, channels)
 
 
 class CausalConv(nn.Module):
@@ -43,9 +52,14 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        channels, kernel = self.weight.shape
-        padded = F.pad(x.transpose(1, 2), (kernel - 1, 0))  # (B, I, kernel - 1 + S)
-        return F.conv1d(padded, self.weight[:, None], self.bias, groups=channels).transpose(1, 2)
+        # A few shifted products keep the channels last; conv1d would want them transposed, twice.
+        length, kernel = x.shape[1], self.weight.shape[1]
+        padded = F.pad(x, (0, 0, kernel - 1, 0))  # (B, kernel - 1 + S, I)
+        weight = self.weight.to(x.dtype).T  # (kernel, I)
+        y = self.bias.to(x.dtype)
+        for tap in range(kernel):
+            y = torch.addcmul(y, padded[:, tap : tap + length], weight[tap])
+        return y
 
 
 class HeadNorm(nn.Module):
@@ -84,18 +98,22 @@ class MLSTMBlock(nn.Module):
         inner, z = self.up(self.norm(x)).chunk(2, dim=-1)  # each (B, S, I)
         convolved = F.silu(self.conv(inner))
         q, k, v = self.q(convolved), self.k(convolved), self.v(inner)
-        log_i, log_f = self.gates(torch.cat([q, k, v], dim=-1))
+        log_i, log_f = self.gates(q, k, v)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, S, I/H)
         h, _ = mlstm(q, k, v, log_i, log_f, mode=mode, chunk_size=chunk_size)
         h = self.head_norm(h) + self.skip * convolved  # (B, S, I) float32
         return x + self.down(h * F.silu(z))
 
-    def gates(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithms of the input and forget gates, float32: (B, S, 3 I) -> two (B, H, S)."""
-        with torch.autocast(qkv.device.type, enabled=False):
-            qkv = qkv.to(self.gate_i.weight.dtype)
-            log_i, log_f = self.gate_i(qkv).transpose(1, 2), F.logsigmoid(self.gate_f(qkv)).transpose(1, 2)
-            return (F.logsigmoid(log_i) if self.input_gate == "sigmoid" else log_i), log_f
+    def gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of the input and the forget gate, float32: three (B, S, I) -> two (B, H, S)."""
+        with torch.autocast(q.device.type, enabled=False):
+            # Both gates in one product, and cat(q, k, v) left where it is: its parts meet their columns.
+            weight = torch.cat([self.gate_i.weight, self.gate_f.weight])  # (2 H, 3 I)
+            gates = torch.cat([self.gate_i.bias, self.gate_f.bias])
+            for part, columns in zip((q, k, v), weight.chunk(3, dim=1)):
+                gates = gates + part.to(weight.dtype) @ columns.T  # (B, S, 2 H)
+            log_i, forget = gates.transpose(1, 2).chunk(2, dim=1)
+            return (F.logsigmoid(log_i) if self.input_gate == "sigmoid" else log_i), F.logsigmoid(forget)
 
 
 class AxLSTMEncoder(PatchEncoder):

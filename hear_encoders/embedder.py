@@ -24,7 +24,7 @@ from hear_encoders.frontend import HOP, HOP_MS, SAMPLE_RATE, LogMel, clip_statis
 Framing = Literal["exact", "reference"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
-DEFAULT_MAX_CHUNKS = 32
+DEFAULT_MAX_CHUNKS = 8
 PEAK_WORTH_A_WARNING = 10.0  # samples are meant to lie in [-1, 1]
 LARGEST_PEAK = 1e15  # beyond it the float32 power spectrum overflows
 

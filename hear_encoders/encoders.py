@@ -20,11 +20,9 @@ def build_encoder(config: EncoderConfig, seed: int | None = None) -> Encoder:
         config: a configuration, such as `preset("axlstm_tiny")`.
         seed: initialise from this seed, leaving torch's global generator as it was; None draws from it.
     """
-    encoder = ENCODER_OF_CONFIG[type(config)](config)
-    if seed is None:
-        encoder.reset_parameters()
-    else:
-        with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
             torch.manual_seed(seed)
-            encoder.reset_parameters()
+        encoder = ENCODER_OF_CONFIG[type(config)](config)
+        encoder.reset_parameters()
     return encoder

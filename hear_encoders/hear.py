@@ -82,11 +82,11 @@ class HearModule:
                 f"{UNTRAINED_SEED}. Give load_model a directory, a .safetensors file or a Hub repository.",
                 stacklevel=2,
             )
-            return Embedder(build_encoder(preset(self.default_preset), seed=UNTRAINED_SEED).eval(), **options)
+            return Embedder(build_encoder(preset(self.default_preset), seed=UNTRAINED_SEED), **options).eval()
         encoder = load_checkpoint(source)
         if encoder.config.family not in self.families:
             raise ValueError(f"{source}: holds a model of family {encoder.config.family!r}, {self._takes()}")
-        return Embedder(encoder, **options)
+        return Embedder(encoder, **options).eval()
 
     def get_scene_embeddings(self, audio: Tensor, model: Embedder) -> Tensor:
         """One embedding per clip, the mean over its time steps.

@@ -41,7 +41,7 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> Path:
         cached = try_to_load_from_cache(repo_id, CONFIG_FILE, revision=revision)
     except HFValidationError as err:
         raise ValueError(f"{repo_id!r} is neither a local path nor a Hub repository, 'org/name': {err}") from err
-    # Otherwise it is None, or the mark of a file known not to exist.
+    # What is not a path is None or the mark of a file known not to exist.
     if isinstance(cached, str) and (Path(cached).parent / WEIGHTS_FILE).is_file():
         return Path(cached).parent
     where = f"{repo_id!r} at {'its default branch' if revision is None else f'revision {revision!r}'}"
@@ -98,7 +98,8 @@ def _explain(err: Exception, repo_id: str, filename: str, where: str) -> OSError
     if isinstance(cause, errors.EntryNotFoundError) and status == 404:
         return FileNotFoundError(f"there is no {file}: a checkpoint needs both {CONFIG_FILE} and {WEIGHTS_FILE}")
     if status == 404:
-        return FileNotFoundError(f"no such repository on the Hub and no such local path, looking for {file}")
+        what = "repository" if isinstance(cause, errors.RepositoryNotFoundError) else "repository or file"
+        return FileNotFoundError(f"no such {what} on the Hub and no such local path, looking for {file}")
     if status not in (None, 416):  # 416 is about the partial file of an earlier download, see below
         return ConnectionError(f"the Hub answered HTTP {status} for {file}: try again later")
     if isinstance(cause, errors.FileMetadataError):

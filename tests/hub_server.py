@@ -1,0 +1,245 @@
+"""A stand-in for the Hugging Face Hub on loopback: the part of its protocol that downloading a file uses.
+
+    with contextlib.closing(HubServer()) as hub:
+        commit = hub.commit("org/name", {"config.json": b"{}", "model.safetensors": b"..."})
+        ...  # a client with HF_ENDPOINT=hub.url
+        assert hub.requests == []
+
+Small files are answered directly. Files named *.safetensors are answered like large files on the Hub: the look-up
+carries the file's hash and size and redirects to a storage server on another host (the same machine by its other
+name: some versions of the client compare host names, without ports, to tell storage from the Hub).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+TOKEN = "hf_of_the_tests"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it arrived; header names are in lower case. `storage`: it went to the storage server."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    storage: bool
+
+
+@dataclass
+class _Repo:
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Fault:
+    """What goes wrong with a file's answers: a status instead of the file, or a body that ends at byte `cut_at`."""
+
+    filename: str
+    method: str | None
+    times: float
+    status: int | None = None
+    cut_at: int | None = None
+    announced: bool = True
+
+    def take(self, method: str, filename: str) -> bool:
+        """Whether it happens to this request; counts it."""
+        if self.filename != filename or self.method not in (None, method) or self.times <= 0:
+            return False
+        self.times -= 1
+        return True
+
+
+class HubServer:
+    """The server, listening on free ports of 127.0.0.1 from its construction until it is closed.
+
+    Attributes:
+        requests: every request so far, in order.
+        before_answer: called with each request before it is answered, for what happens meanwhile on the Hub.
+        honours_ranges: False makes the server send whole files to whoever asks for a part.
+        misreported_commit: sent instead of the true X-Repo-Commit, as a broken mirror might.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.before_answer: Callable[[Request], None] | None = None
+        self.honours_ranges = True
+        self.misreported_commit: str | None = None
+        self._repos: dict[str, _Repo] = {}
+        self._objects: dict[str, bytes] = {}
+        self._faults: list[_Fault] = []
+        self._lock = threading.Lock()
+        self._servers = [_Server(("127.0.0.1", 0), self, storage) for storage in (False, True)]
+        self.url = f"http://127.0.0.1:{self._servers[0].server_port}"
+        self.storage_url = f"http://localhost:{self._servers[1].server_port}"
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+    def commit(
+        self,
+        repo_id: str,
+        files: dict[str, bytes],
+        *,
+        branch: str = "main",
+        private: bool = False,
+        gated: bool = False,
+    ) -> str:
+        """Put a commit of these files at the tip of a branch, making the repository if need be; its id."""
+        repo = self._repos.setdefault(repo_id, _Repo())
+        repo.private, repo.gated = private, gated
+        commit = hashlib.sha1(f"{repo_id} {len(repo.commits)}".encode()).hexdigest()
+        repo.commits[commit] = dict(files)
+        self._objects |= {hashlib.sha256(body).hexdigest(): body for body in files.values()}
+        repo.branches[branch] = commit
+        return commit
+
+    def fail(self, filename: str, status: int, *, method: str | None = None, times: float = float("inf")) -> None:
+        """Answer requests for a file (of one method, or any) with this status, `times` times."""
+        self._faults.append(_Fault(filename, method, times, status=status))
+
+    def cut(self, filename: str, at: int, *, announced: bool = True, times: float = float("inf")) -> None:
+        """End a file's body at this byte, `times` times: the connection is closed before the announced length is
+        reached or, with `announced` False, the shorter length is announced as if it were the whole file."""
+        self._faults.append(_Fault(filename, "GET", times, cut_at=at, announced=announced))
+
+    def mend(self) -> None:
+        """End all faults."""
+        self._faults.clear()
+
+    def answer(self, request: Request) -> _Answer:
+        """What to answer; called by the handler."""
+        with self._lock:
+            self.requests.append(request)
+            if self.before_answer is not None:
+                self.before_answer(request)
+            path = urlsplit(request.path).path
+            filename = unquote(path.rpartition("/")[2])
+            answer = self._storage_answer(path) if request.storage else self._hub_answer(request, path)
+            for fault in self._faults:
+                if fault.status is not None and fault.take(request.method, filename):
+                    return _Answer(fault.status, b"out of order")
+                if fault.cut_at is not None and answer.status == 200 and fault.take(request.method, filename):
+                    answer.cut_at = fault.cut_at
+                    if not fault.announced:
+                        answer.body = answer.body[: fault.cut_at]
+            return answer
+
+    def _hub_answer(self, request: Request, path: str) -> _Answer:
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if match is None:
+            return _Answer(404, b"Not Found")
+        repo_id, revision, filename = match[1], unquote(match[2]), unquote(match[3])
+        authorization = request.headers.get("authorization")
+        authorized = authorization == f"Bearer {TOKEN}"
+        if authorization is not None and not authorized:
+            return _error(401, None, "Invalid credentials in Authorization header")
+        repo = self._repos.get(repo_id)
+        if repo is None or (repo.private and not authorized):
+            # A stranger must not learn whether a repository exists.
+            if authorized:
+                return _error(404, "RepoNotFound", "Repository not found")
+            return _error(401, "RepoNotFound", "Invalid username or password.")
+        if repo.gated:
+            return _error(
+                403 if authorized else 401, "GatedRepo", f"Access to model {repo_id} is restricted. Ask for access."
+            )
+        commit = repo.branches.get(revision, revision)
+        if commit not in repo.commits:
+            return _error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        headers = {"X-Repo-Commit": self.misreported_commit or commit, "Accept-Ranges": "bytes"}
+        body = repo.commits[commit].get(filename)
+        if body is None:
+            return _error(404, "EntryNotFound", "Entry not found", headers)
+        if not filename.endswith(".safetensors"):
+            blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+            return _Answer(200, body, {**headers, "ETag": f'"{blob}"'})
+        sha256 = hashlib.sha256(body).hexdigest()
+        location = f"{self.storage_url}/{sha256}/{quote(filename)}?signature=valid"
+        linked = {"X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(len(body)), "Location": location}
+        return _Answer(302, f"Found. Redirecting to {location}".encode(), {**headers, **linked})
+
+    def _storage_answer(self, path: str) -> _Answer:
+        sha256 = path.split("/")[1]
+        if sha256 not in self._objects:
+            return _Answer(404, b"no such object")
+        return _Answer(200, self._objects[sha256], {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
+
+
+@dataclass
+class _Answer:
+    status: int
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+    cut_at: int | None = None
+
+
+def _error(status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> _Answer:
+    codes = {} if code is None else {"X-Error-Code": code}
+    return _Answer(status, message.encode(), {**(headers or {}), **codes, "X-Error-Message": message})
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], hub: HubServer, storage: bool) -> None:
+        super().__init__(address, _Handler)
+        self.hub = hub
+        self.storage = storage
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that hangs up is part of the tests
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def do_HEAD(self) -> None:
+        self._serve()
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    def _serve(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        hub = self.server.hub
+        answer = hub.answer(Request(self.command, self.path, headers, self.server.storage))
+        status, body, start = answer.status, answer.body, 0
+        wanted = re.fullmatch(r"bytes=(\d+)-", headers.get("range", ""))
+        if wanted and status == 200 and hub.honours_ranges:
+            start = int(wanted[1])
+            if start >= len(body):
+                status, answer.headers, body = 416, {"Content-Range": f"bytes */{len(body)}"}, b""
+            else:
+                status = 206
+                answer.headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.send_response(status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(max(0, len(body) - start)))
+        self.end_headers()
+        if self.command == "GET":
+            if answer.cut_at is not None and status in (200, 206):
+                self.wfile.write(body[start : max(start, answer.cut_at)])
+                self.close_connection = True
+            else:
+                self.wfile.write(body[start:])
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass

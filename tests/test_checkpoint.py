@@ -1,0 +1,158 @@
+"""Checkpoints: what is written is what is read, and anything else is refused by file and field."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import SMALL_CONFIGS
+from safetensors.torch import load_file, save_file
+
+from hear_encoders import build_encoder, checkpoint, load_checkpoint, save_checkpoint
+from hear_encoders.atomic import atomic_write
+from hear_encoders.checkpoint import fingerprint, resolve
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with a small AxLSTM checkpoint."""
+    save_checkpoint(tmp_path / "model", build_encoder(SMALL_CONFIGS["axlstm"], seed=1))
+    return tmp_path / "model"
+
+
+def test_an_encoder_survives_being_saved(small_encoder, tmp_path):
+    save_checkpoint(tmp_path, small_encoder)
+    loaded = load_checkpoint(tmp_path / "model.safetensors")
+    assert loaded.config == small_encoder.config
+    logmel = torch.randn(1, 200, 80)
+    with torch.no_grad():
+        assert torch.equal(loaded(logmel), small_encoder(logmel))
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_a_loaded_encoder_can_be_trained_and_moved(saved):
+    encoder = load_checkpoint(saved / "model.safetensors")
+    assert all(parameter.requires_grad and not parameter.is_meta for parameter in encoder.parameters())
+    assert not any(buffer.is_meta for buffer in encoder.buffers())
+    encoder(torch.randn(1, 200, 80)).sum().backward()
+    encoder.to(torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_stored_in_another_precision_are_float32_in_memory(saved, dtype):
+    weights = saved / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(weights).items()}, weights)
+    assert all(parameter.dtype == torch.float32 for parameter in load_checkpoint(weights).parameters())
+
+
+def change_tensors(directory, change):
+    weights = directory / "model.safetensors"
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("norm.weight"), "missing tensor 'norm.weight'"),
+        (lambda t: t.update(extra=torch.ones(2)), "unexpected tensor 'extra'"),
+        (
+            lambda t: t.update({"blocks.0.up.weight": torch.ones(5, 48)}),
+            r"tensor 'blocks.0.up.weight' has shape \(5, 48\), expected \(288, 48\)",
+        ),
+        (
+            lambda t: t.update(cls_token=torch.ones(48, dtype=torch.int64)),
+            "'cls_token' is torch.int64, expected floating",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(saved, change, message):
+    change_tensors(saved, change)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
+        load_checkpoint(saved / "model.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 9, 500, -1])
+def test_a_truncated_file_is_named(saved, kept):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
+        load_checkpoint(weights)
+
+
+@pytest.mark.parametrize("content", [b"not tensors at all", b"PK\x03\x04" + bytes(100), b"\xff" * 100])
+def test_a_foreign_file_is_named(saved, content):
+    (saved / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
+        load_checkpoint(saved / "model.safetensors")
+
+
+def test_an_unknown_config_field_is_named(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "colour": "red"}))
+    with pytest.raises(ValueError, match=r"config\.json: unknown field 'colour'"):
+        load_checkpoint(saved / "model.safetensors")
+
+
+def test_a_config_of_another_model_does_not_fit_the_weights(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "depth": 3}))
+    with pytest.raises(ValueError, match=r"model\.safetensors: missing tensor 'blocks\.2\."):
+        load_checkpoint(saved / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name.replace(".", r"\.")):
+        load_checkpoint(saved / "model.safetensors")
+
+
+def test_a_directory_and_a_file_resolve_to_the_weights(saved):
+    assert resolve(saved) == resolve(str(saved)) == resolve(saved / "model.safetensors") == saved / "model.safetensors"
+
+
+def test_what_is_no_checkpoint_does_not_resolve(saved, tmp_path):
+    (tmp_path / "old.pth").write_bytes(b"")
+    (tmp_path / "notes.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"old\.pth: expected a directory .* run `hear-weights import`"):
+        resolve(tmp_path / "old.pth")
+    with pytest.raises(ValueError, match=r"notes\.txt: expected a directory or a \.safetensors file$"):
+        resolve(tmp_path / "notes.txt")
+    for missing in ("nothing", "/nothing/here", "a/b/c", "./a/b"):
+        with pytest.raises(FileNotFoundError, match="no such file or directory, and not the name of a Hub repository"):
+            resolve(missing)
+    with pytest.raises(ValueError, match=r"revision 'main' was given, but .* is a local path"):
+        resolve(saved, revision="main")
+
+
+def test_an_existing_directory_comes_before_a_repository_of_that_name(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("org")
+    saved.rename("org/name")
+    monkeypatch.setattr(checkpoint.hub, "fetch_checkpoint", lambda *a: pytest.fail("asked the Hub"))
+    assert resolve("org/name").is_file()
+
+
+def test_saving_again_replaces_both_files(saved):
+    save_checkpoint(saved, build_encoder(SMALL_CONFIGS["ssast"], seed=2))
+    assert load_checkpoint(saved / "model.safetensors").config.family == "ssast"
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
+        file.write(b"half of what")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["file"]
+
+
+def test_fingerprints_tell_weights_and_architectures_apart():
+    one, same, other = (build_encoder(SMALL_CONFIGS["axlstm"], seed=seed) for seed in (1, 1, 2))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    flipped = build_encoder(SMALL_CONFIGS["axlstm_flip"], seed=1)  # the same tensors
+    assert fingerprint(flipped) != fingerprint(one)

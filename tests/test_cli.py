@@ -1,0 +1,1105 @@
+"""The two commands, from arguments to files: what they write, what they say and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import hear_audiomaepp
+import hear_axlstm
+from hear_encoders import AxLSTMConfig, Embedder, TransformerConfig, build_encoder, corpus, load_audio, save_checkpoint
+from hear_encoders.cli import embed_main, weights_main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+GOLDEN = Path(__file__).parent / "golden"
+CONFIGS = {
+    "audiomaepp": TransformerConfig("audiomaepp", dim=48, depth=1, heads=3),
+    "mae": TransformerConfig("mae", dim=48, depth=1, heads=3),
+    "axlstm": AxLSTMConfig("axlstm", dim=48, depth=1),
+}
+SIZE = 5 * 48
+OUTPUTS = ["out.npz", "out.parquet", "out"]
+ENTRY = "import sys; from hear_encoders.cli import embed_main; sys.exit(embed_main())"
+RECORDINGS = ["a.flac", "a.wav", "nested/a.wav", "nested/d.MP3", "nested/deeper/c.ogg"]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small checkpoints by name; "other" has the configuration of "audiomaepp" and other weights."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, config in {**CONFIGS, "other": CONFIGS["audiomaepp"]}.items():
+        save_checkpoint(folder / name, build_encoder(config, seed=2 if name == "other" else 1).eval())
+    return {path.name: path for path in folder.iterdir()}
+
+
+def tone(rate: int, seconds: float, channels: int, seed: int) -> np.ndarray:
+    """A different sound for every seed: a tone and noise, each channel at another level."""
+    random = np.random.default_rng(seed)
+    times = np.arange(int(rate * seconds)) / rate
+    sound = 0.3 * np.sin(2 * np.pi * (200 + 300 * seed) * times) + random.normal(0, 0.02, times.shape)
+    return sound[:, None] * np.linspace(1, 0.2, channels)
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with RECORDINGS in it and a file that is no audio; not to be written to."""
+    folder = tmp_path_factory.mktemp("recordings")
+    (folder / "nested" / "deeper").mkdir(parents=True)
+    for seed, (name, rate, seconds, channels) in enumerate(
+        [
+            ("a.wav", 16_000, 1.0, 1),
+            ("a.flac", 44_100, 2.7, 2),
+            ("nested/a.wav", 8000, 0.5, 3),
+            ("nested/deeper/c.ogg", 22_050, 4.3, 2),
+        ]
+    ):
+        soundfile.write(folder / name, tone(rate, seconds, channels, seed), rate)
+    soundfile.write(folder / "nested" / "d.MP3", tone(48_000, 0.3, 1, 4), 48_000, format="MP3")
+    (folder / "nested" / "notes.txt").write_text("not audio")
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def embed(capsys: pytest.CaptureFixture[str], checkpoints: dict[str, Path]) -> Run:
+    """Run `hear-embed` in this process, with the small AudioMAE++ on the CPU unless told otherwise."""
+
+    def run(*arguments: object) -> Outcome:
+        words = [str(argument) for argument in arguments]
+        if "--weights" not in words:
+            words = ["--weights", str(checkpoints["audiomaepp"]), *words]
+        if "--device" not in words:
+            words = ["--device", "cpu", *words]
+        return _run(embed_main, words, capsys)
+
+    return run
+
+
+@pytest.fixture
+def weights(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `hear-weights` in this process."""
+    return lambda *arguments: _run(weights_main, [str(argument) for argument in arguments], capsys)
+
+
+def _run(main: Callable[[list[str]], int], words: list[str], capsys: pytest.CaptureFixture[str]) -> Outcome:
+    capsys.readouterr()
+    try:
+        code = main(words)
+    except SystemExit as end:  # argparse
+        code = end.code
+    return Outcome(code, *capsys.readouterr())
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    folder = tmp_path / "workplace"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def start(code: str, *arguments: object, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """Run Python code in a process of its own that finds the package where this one does."""
+    home = str(Path(hear_audiomaepp.__file__).parents[1])
+    command = [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
+    env = {**os.environ, "PYTHONPATH": home}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
+
+
+def needs_pyarrow(output: str) -> None:
+    if output.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+
+
+def read_scenes(output: Path, root: Path) -> dict[str, np.ndarray]:
+    """Scene embeddings by the file's name below `root`, out of any kind of output."""
+    if output.is_dir():
+        return {name.removesuffix(".npy"): np.load(output / name) for name in files_in(output) if ".npy" in name}
+    if output.suffix == ".npz":
+        with np.load(output) as arrays:
+            assert sorted(arrays) == ["embeddings", "paths"]
+            assert len(arrays["paths"]) == len(arrays["embeddings"])
+            return dict(zip(below(root, arrays["paths"]), arrays["embeddings"]))
+    from pyarrow import parquet
+
+    table = parquet.read_table(output)
+    assert table.column_names == ["path", "embedding"]
+    names = below(root, table["path"].to_pylist())
+    assert len(set(names)) == len(names)
+    return dict(zip(names, np.array(table["embedding"].to_pylist(), dtype=np.float32)))
+
+
+def read_timestamps(output: Path, root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Embeddings (T, E) and times (T,) by the file's name below `root`, out of any kind of output."""
+    if output.is_dir():
+        names = [name for name in files_in(output) if name.endswith(".npy") and ".timestamps_ms" not in name]
+        return {
+            name.removesuffix(".npy"): (
+                np.load(output / name),
+                np.load(output / f"{name.removesuffix('.npy')}.timestamps_ms.npy"),
+            )
+            for name in names
+        }
+    if output.suffix == ".npz":
+        with np.load(output) as arrays:
+            assert sorted(arrays) == ["embeddings", "offsets", "paths", "timestamps_ms"]
+            offsets, embeddings, times = arrays["offsets"], arrays["embeddings"], arrays["timestamps_ms"]
+            names = below(root, arrays["paths"])
+        assert offsets[0] == 0 and offsets[-1] == len(embeddings) == len(times) and len(offsets) == len(names) + 1
+        return {
+            name: (embeddings[first:last], times[first:last])
+            for name, first, last in zip(names, offsets[:-1], offsets[1:])
+        }
+    from pyarrow import parquet
+
+    table = parquet.read_table(output)
+    assert table.column_names == ["path", "timestamp_ms", "embedding"]
+    names = np.array(below(root, table["path"].to_pylist()))
+    times = table["timestamp_ms"].to_numpy()
+    embeddings = np.array(table["embedding"].to_pylist(), dtype=np.float32)
+    return {str(name): (embeddings[names == name], times[names == name]) for name in np.unique(names)}
+
+
+def below(root: Path, paths: list[str] | np.ndarray) -> list[str]:
+    return [Path(os.path.relpath(str(path), root)).as_posix() for path in paths]
+
+
+def files_in(folder: Path) -> list[str]:
+    """All files below a folder, hidden ones too."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+@pytest.fixture
+def expected(checkpoints: dict[str, Path]) -> Callable[..., np.ndarray]:
+    """What a model says of one file by itself."""
+
+    def compute(path: Path, name: str = "audiomaepp", timestamps: bool = False):
+        module = hear_axlstm if name == "axlstm" else hear_audiomaepp
+        model = module.load_model(checkpoints[name])
+        audio = load_audio(path)[None]
+        if timestamps:
+            return tuple(result[0].numpy() for result in module.get_timestamp_embeddings(audio, model))
+        return module.get_scene_embeddings(audio, model)[0].numpy()
+
+    return compute
+
+
+def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
+    assert found.dtype == np.float32
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is written
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_scenes_are_those_of_the_model_on_each_file_alone(embed, recordings, expected, workplace, output: str) -> None:
+    needs_pyarrow(output)
+    outcome = embed(recordings, "-o", output)
+    assert outcome.code == 0
+    assert outcome.out == f"{output}: 5 of 5 files embedded\n"
+    assert outcome.err == ""
+    scenes = read_scenes(workplace / output, recordings)
+    assert sorted(scenes) == RECORDINGS
+    for name, scene in scenes.items():
+        assert_close(scene, expected(recordings / name))
+    assert np.stack(list(scenes.values())).std(axis=0).max() > 0.01  # else equality would say little
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_timestamps_line_up_with_their_embeddings(embed, recordings, expected, workplace, output: str) -> None:
+    needs_pyarrow(output)
+    assert embed(recordings, "-o", output, "--timestamps").code == 0
+    found = read_timestamps(workplace / output, recordings)
+    assert sorted(found) == RECORDINGS
+    for name, (embeddings, times) in found.items():
+        wanted_embeddings, wanted_times = expected(recordings / name, timestamps=True)
+        assert_close(embeddings, wanted_embeddings)
+        assert_close(times, wanted_times)
+        np.testing.assert_allclose(times, 15 + 40 * np.arange(len(times)))
+
+
+def test_scene_is_the_mean_of_the_timestamps(embed, recordings, workplace) -> None:
+    embed(recordings, "-o", "scenes.npz")
+    embed(recordings, "-o", "steps.npz", "--timestamps")
+    scenes = read_scenes(workplace / "scenes.npz", recordings)
+    for name, (embeddings, _) in read_timestamps(workplace / "steps.npz", recordings).items():
+        assert_close(scenes[name], embeddings.mean(axis=0))
+
+
+def test_folder_output_holds_one_array_a_file_and_its_settings(embed, recordings, workplace) -> None:
+    embed(recordings, "-o", "scenes")
+    assert files_in(workplace / "scenes") == sorted(["hear-embed.json"] + [f"{name}.npy" for name in RECORDINGS])
+    assert np.load("scenes/a.wav.npy").shape == (SIZE,)
+    embed(recordings, "-o", "steps", "--timestamps")
+    assert files_in(workplace / "steps") == sorted(
+        ["hear-embed.json"] + [f"{name}{end}" for name in RECORDINGS for end in (".npy", ".timestamps_ms.npy")]
+    )
+
+
+@pytest.mark.parametrize("output", ["OUT.NPZ", "new/folder/out.npz", "new/folder/out.parquet", "v1.2", "new/folder"])
+def test_output_kind_is_chosen_by_the_name_and_folders_are_made(embed, recordings, workplace, output: str) -> None:
+    needs_pyarrow(output)
+    assert embed(recordings / "a.wav", "-o", output).code == 0
+    path = workplace / output
+    assert path.is_dir() == (path.suffix.lower() not in (".npz", ".parquet"))
+    if path.suffix == ".NPZ":
+        assert np.load(path)["embeddings"].shape == (1, SIZE)
+    else:
+        assert list(read_scenes(path, recordings)) == ["a.wav"]
+
+
+def test_axlstm_module_takes_its_own_weights(embed, recordings, checkpoints, expected, workplace) -> None:
+    outcome = embed(recordings, "-o", "out.npz", "--model", "hear_axlstm", "--weights", checkpoints["axlstm"])
+    assert outcome.code == 0
+    for name, scene in read_scenes(workplace / "out.npz", recordings).items():
+        assert_close(scene, expected(recordings / name, "axlstm"))
+
+
+def test_weights_may_be_the_safetensors_file(embed, recordings, checkpoints, expected, workplace) -> None:
+    weights = checkpoints["other"] / "model.safetensors"
+    assert embed(recordings / "a.wav", "-o", "out.npz", "--weights", weights).code == 0
+    assert_close(np.load("out.npz")["embeddings"][0], expected(recordings / "a.wav", "other"))
+
+
+def test_reference_framing_and_precision_reach_the_model(embed, recordings, checkpoints, workplace) -> None:
+    path = recordings / "a.flac"
+    audio = load_audio(path)[None]
+    for options in ({"framing": "reference"}, {"precision": "bfloat16"}):
+        words = [word for option, value in options.items() for word in (f"--{option}", value)]
+        assert embed(path, "-o", "out.npz", "--timestamps", *words).code == 0
+        model = hear_audiomaepp.load_model(checkpoints["audiomaepp"], **options)
+        wanted, times = model.timestamp_embeddings(audio)
+        with np.load("out.npz") as arrays:
+            assert_close(arrays["embeddings"], wanted[0].numpy())
+            assert_close(arrays["timestamps_ms"], times[0].numpy())
+
+
+@pytest.mark.parametrize("batch_seconds, jobs", [(0.01, 1), (3, 2), (5.5, 7), (1000, 1), ("inf", 3)])
+@pytest.mark.parametrize("timestamps", [[], ["--timestamps"]])
+def test_batch_seconds_and_jobs_change_no_value(
+    embed, recordings, expected, workplace, batch_seconds, jobs, timestamps: list[str]
+) -> None:
+    outcome = embed(recordings, "-o", "out", "--batch-seconds", batch_seconds, "--jobs", jobs, *timestamps)
+    assert outcome.code == 0
+    for name in RECORDINGS:
+        wanted = expected(recordings / name, timestamps=bool(timestamps))
+        assert_close(np.load(f"out/{name}.npy"), wanted[0] if timestamps else wanted)
+
+
+def test_examples_folder(embed, expected, workplace) -> None:
+    assert embed(EXAMPLES, "-o", "out.npz").code == 0
+    scenes = read_scenes(workplace / "out.npz", EXAMPLES)
+    assert sorted(scenes) == ["bell.mp3", "music.ogg", "speech.flac", "till.wav"]
+    for name, scene in scenes.items():
+        assert_close(scene, expected(EXAMPLES / name))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is found
+
+
+def test_glob_is_expanded_by_the_command(embed, recordings, workplace) -> None:
+    for pattern, names in [
+        ("*.wav", ["a.wav"]),
+        ("**/*.wav", ["a.wav", "nested/a.wav"]),
+        ("nested/[a-d].*", ["nested/a.wav", "nested/d.MP3"]),
+        ("n*", ["nested/a.wav", "nested/d.MP3", "nested/deeper/c.ogg"]),
+    ]:
+        assert embed(recordings / pattern, "-o", "out.npz").code == 0
+        assert sorted(read_scenes(workplace / "out.npz", recordings)) == names, pattern
+
+
+def test_several_inputs_of_all_kinds(embed, recordings, workplace) -> None:
+    inputs = [recordings / "a.flac", recordings / "nested" / "deeper", recordings / "nested" / "*.wav"]
+    for output in ("out.npz", "out"):
+        assert embed(*inputs, "-o", output).code == 0
+        found = read_scenes(workplace / output, recordings)
+        assert sorted(found) == ["a.flac", "nested/a.wav", "nested/deeper/c.ogg"]
+
+
+def test_same_file_given_twice_counts_once(embed, recordings, workplace, monkeypatch) -> None:
+    monkeypatch.chdir(recordings)
+    output = workplace / "out.npz"
+    outcome = embed("a.wav", "./a.wav", recordings / "a.wav", "nested/../a.wav", "*.wav", ".", "-o", output)
+    assert outcome.code == 0
+    assert "5 of 5 files" in outcome.out
+    assert sorted(read_scenes(output, recordings)) == RECORDINGS
+
+
+def test_paths_in_the_output_are_as_they_were_given(embed, recordings, workplace, monkeypatch) -> None:
+    monkeypatch.chdir(recordings.parent)
+    embed(recordings.name, "-o", workplace / "out.npz")
+    paths = np.load(workplace / "out.npz")["paths"].tolist()
+    assert paths == sorted(str(Path(recordings.name, name)) for name in RECORDINGS)
+
+
+def test_names_with_spaces_brackets_and_letters_of_any_script(embed, recordings, workplace) -> None:
+    names = ["take [1].wav", "größe 音.wav", "-dash.wav"]
+    for name in names:
+        shutil.copy(recordings / "a.wav", name)
+    assert embed("-o", "out", "--", *names).code == 0
+    assert sorted(read_scenes(workplace / "out", workplace)) == sorted(names)
+    assert embed(".", "-o", "out.npz").code == 0
+    assert sorted(read_scenes(workplace / "out.npz", workplace)) == sorted(names)
+
+
+def test_file_given_by_itself_counts_as_audio_whatever_its_extension(embed, recordings, workplace) -> None:
+    shutil.copy(recordings / "a.wav", "recording.bin")
+    assert embed("recording.bin", "-o", "out").code == 0
+    assert list(read_scenes(workplace / "out", workplace)) == ["recording.bin"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# How the work is done
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The lengths in samples of the files of each batch, as they are encoded."""
+    batches: list[list[int]] = []
+    embed_batches = Embedder.embed_batches
+
+    def watched(self, audio, *args, **kwargs):
+        batches.append([clip.shape[1] for clip in audio])
+        return embed_batches(self, audio, *args, **kwargs)
+
+    monkeypatch.setattr(Embedder, "embed_batches", watched)
+    return batches
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were decoded."""
+    names: list[str] = []
+
+    def watched(path):
+        names.append(Path(path).name)
+        return load_audio(path)
+
+    monkeypatch.setattr(corpus, "load_audio", watched)
+    return names
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have the encoder raise at its n-th batch, once, after a look around: interrupt(n, error, look)."""
+    embed_batches = Embedder.embed_batches
+
+    def arm(batch: int, error: BaseException, look: Callable[[], None] = lambda: None) -> None:
+        calls = 0
+
+        def interrupted(self, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            look()
+            if calls == batch:
+                raise error
+            return embed_batches(self, *args, **kwargs)
+
+        monkeypatch.setattr(Embedder, "embed_batches", interrupted)
+
+    return arm
+
+
+def write_clips(folder: Path, seconds: list[float]) -> None:
+    for index, length in enumerate(seconds):
+        soundfile.write(folder / f"{index:02}.wav", tone(16_000, length, 1, index), 16_000)
+
+
+def test_files_of_similar_length_are_encoded_together(embed, encoded, workplace) -> None:
+    lengths = [2.0, 0.5, 1.5, 0.4, 1.9, 0.6, 9.0, 1.6]
+    write_clips(workplace, lengths)
+    assert embed(".", "-o", "out.npz", "--batch-seconds", 4).code == 0
+    in_order = [samples for batch in encoded for samples in batch]
+    assert in_order == sorted(round(16_000 * length) for length in lengths)
+    assert all(sum(batch) <= 4 * 16_000 or len(batch) == 1 for batch in encoded)
+    assert len(encoded) == 4  # 0.4 0.5 0.6 1.5 | 1.6 1.9 | 2 | 9
+
+
+def test_decoding_goes_on_while_the_model_encodes_but_not_without_bound(
+    embed, workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clips(workplace, [1.0] * 30)
+    decoded_count, encoded_count, ahead = 0, 0, []
+    grown = threading.Condition()
+    embed_batches = Embedder.embed_batches
+
+    def counting_load(path):
+        nonlocal decoded_count
+        audio = load_audio(path)
+        with grown:
+            decoded_count += 1
+            grown.notify_all()
+        return audio
+
+    def slow_encode(self, audio, *args, **kwargs):
+        nonlocal encoded_count
+        encoded_count += len(audio)
+        with grown:  # the encoder waits here until the decoders have got a batch further than it has
+            wanted = min(30, encoded_count + 3)
+            assert grown.wait_for(lambda: decoded_count >= wanted, timeout=20), "too little was decoded meanwhile"
+            grown.wait_for(lambda: decoded_count > encoded_count + 10, timeout=0.02)
+            ahead.append(decoded_count - encoded_count)
+        return embed_batches(self, audio, *args, **kwargs)
+
+    monkeypatch.setattr(corpus, "load_audio", counting_load)
+    monkeypatch.setattr(Embedder, "embed_batches", slow_encode)
+    assert embed(".", "-o", "out.npz", "--batch-seconds", 2, "--jobs", 4).code == 0
+    assert encoded_count == 30
+    assert max(ahead) <= 6  # two batches' worth and what fits no more
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files that fail
+
+
+def write_bad(path: Path) -> Path:
+    """Make the bad file that its name's stem stands for."""
+    stem = path.stem
+    samples = tone(44_100, 1.0, 2, 3)
+    if stem == "junk":
+        path.write_bytes(b"not audio at all " * 100)
+    elif stem == "nothing":
+        path.write_bytes(b"")
+    elif stem == "cut":
+        soundfile.write(path, samples, 44_100)
+        path.write_bytes(path.read_bytes()[:20_000])
+    elif stem == "empty":
+        soundfile.write(path, samples[:0], 44_100)
+    elif stem == "headerless":
+        path.write_bytes(bytes(32_000))
+    else:
+        samples[1234] = {"nan": np.nan, "inf": np.inf}[stem]
+        soundfile.write(path, samples, 44_100, subtype="FLOAT")
+    return path
+
+
+BAD = ["junk.wav", "junk.mp3", "nothing.wav", "cut.flac", "empty.wav", "nan.wav", "inf.wav", "headerless.raw"]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_file_is_reported_with_its_reason_and_the_rest_is_done(
+    embed, recordings, expected, workplace, name: str
+) -> None:
+    bad = write_bad(workplace / name)
+    outcome = embed(recordings / "a.wav", bad, recordings / "a.flac", "-o", "out.npz")
+    assert outcome.code == 1
+    assert outcome.out == "out.npz: 2 of 3 files embedded\n"
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("hear-embed: failed: ")
+    assert line.count(str(bad)) == 1
+    assert len(line) > len("hear-embed: failed: ") + len(str(bad)) + 10  # there is a reason
+    scenes = read_scenes(workplace / "out.npz", recordings)
+    assert sorted(scenes) == ["a.flac", "a.wav"]
+    assert_close(scenes["a.wav"], expected(recordings / "a.wav"))
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("timestamps", [[], ["--timestamps"]])
+def test_bad_files_among_good_ones(embed, recordings, workplace, output: str, timestamps: list[str]) -> None:
+    needs_pyarrow(output)
+    folder = workplace / "mixed"
+    shutil.copytree(recordings, folder)
+    for name in ("junk.wav", "cut.flac", "nested/nan.wav"):
+        write_bad(folder / name)
+    outcome = embed(folder, "-o", output, "--batch-seconds", 2, *timestamps)
+    assert outcome.code == 1
+    assert "5 of 8 files" in outcome.out
+    failed = re.findall(r"^hear-embed: failed: (\S+?)(?::| must) ", outcome.err, flags=re.MULTILINE)
+    assert failed == [str(folder / name) for name in ("cut.flac", "junk.wav", "nested/nan.wav")]
+    read = read_timestamps if timestamps else read_scenes
+    assert sorted(read(workplace / output, folder)) == RECORDINGS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes only there")
+def test_file_whose_name_is_no_unicode_does_not_stop_the_others(recordings, checkpoints, workplace) -> None:
+    folder = workplace / "old"
+    folder.mkdir()
+    shutil.copy(recordings / "a.wav", folder / os.fsdecode(b"caf\xe9.wav"))
+    shutil.copy(recordings / "a.wav", folder / "tea.wav")
+    process = start(
+        ENTRY, folder, "-o", "out.npz", "--weights", checkpoints["audiomaepp"]
+    )  # pytest's stderr is stricter
+    _, complaints = process.communicate()
+    assert Path("out.npz").exists(), complaints
+    names = np.load("out.npz")["paths"].tolist()
+    assert str(folder / "tea.wav") in names
+    assert (process.returncode, len(names)) in [(0, 2), (1, 1)]  # done, or reported
+    assert process.returncode == 0 or ("failed: " in complaints and "caf" in complaints)
+
+
+def test_file_that_vanishes_meanwhile_is_one_that_failed(embed, recordings, workplace, monkeypatch) -> None:
+    shutil.copytree(recordings, "folder")
+
+    def vanish(path):
+        if Path(path).name == "c.ogg":
+            Path(path).unlink(missing_ok=True)
+        return load_audio(path)
+
+    monkeypatch.setattr(corpus, "load_audio", vanish)
+    outcome = embed("folder", "-o", "out.npz")
+    assert outcome.code == 1
+    assert outcome.err.count("c.ogg") == 1
+    assert len(np.load("out.npz")["paths"]) == 4
+
+
+def test_batch_that_does_not_fit_into_memory_fails_alone(embed, interrupt, recordings, workplace) -> None:
+    interrupt(2, torch.OutOfMemoryError("no memory left"))
+    outcome = embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1)
+    assert outcome.code == 1
+    (line,) = outcome.err.splitlines()
+    assert str(recordings / "nested" / "a.wav") in line  # the second shortest
+    assert "out of memory" in line
+    assert len(np.load("out.npz")["paths"]) == 4
+
+
+@pytest.mark.parametrize("output", ["out.npz", "out.parquet"])
+def test_no_output_when_every_file_is_bad(embed, workplace, output: str) -> None:
+    needs_pyarrow(output)
+    bad = [write_bad(workplace / name) for name in ("junk.wav", "cut.flac", "nan.wav")]
+    before = files_in(workplace)
+    outcome = embed(*bad, "-o", output)
+    assert outcome.code == 1
+    assert outcome.err.count("failed: ") == 3
+    assert files_in(workplace) == before
+
+
+@pytest.mark.parametrize("output", ["out.npz", "out.parquet"])
+def test_earlier_output_is_kept_when_every_file_is_bad(embed, recordings, workplace, output: str) -> None:
+    needs_pyarrow(output)
+    embed(recordings, "-o", output)
+    before = Path(output).read_bytes()
+    assert embed(write_bad(workplace / "junk.wav"), "-o", output).code == 1
+    assert Path(output).read_bytes() == before
+
+
+def test_folder_output_in_which_nothing_was_made_binds_nobody_to_its_settings(
+    embed, checkpoints, recordings, workplace
+) -> None:
+    bad = write_bad(workplace / "junk.wav")
+    assert embed(bad, "-o", "out").code == 1
+    assert not list(workplace.rglob("*.npy"))
+    outcome = embed(bad, recordings / "a.wav", "-o", "out", "--weights", checkpoints["other"])
+    assert (outcome.code, outcome.out) == (1, "out: 1 of 2 files embedded\n")
+
+
+def test_samples_in_the_range_of_integers_are_warned_about_by_name(embed, recordings, workplace) -> None:
+    loud = workplace / "loud.wav"
+    soundfile.write(loud, 20_000 * tone(16_000, 0.5, 1, 1), 16_000, subtype="FLOAT")
+    outcome = embed(loud, recordings / "a.wav", "-o", "out.npz")
+    assert outcome.code == 0
+    (line,) = outcome.err.splitlines()
+    assert line.startswith(f"hear-embed: warning: {loud} ")
+    assert "32768" in line
+    assert np.isfinite(np.load("out.npz")["embeddings"]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad usage
+
+
+def test_help_shows_examples(embed, weights) -> None:
+    outcome = embed("--help")
+    assert outcome.code == 0
+    assert "\n  hear-embed recordings/ -o embeddings.npz\n" in outcome.out
+    for option in ("--model", "--weights", "--timestamps", "--device", "--precision", "--batch-seconds", "--jobs"):
+        assert option in outcome.out
+    assert "example: hear-weights import " in weights("import", "--help").out
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ([], "required"),
+        (["a.wav"], "required"),
+        (["-o", "new/out.npz"], "required"),
+        (["nothere.wav", "-o", "new/out.npz"], "nothere.wav"),
+        (["a.wav", "nothere/", "-o", "new/out.npz"], "nothere/"),
+        (["*.mp3", "-o", "new/out.npz"], "*.mp3"),
+        (["", "-o", "new/out.npz"], "no such file"),
+        (["silent", "-o", "new/out.npz"], "no audio files in silent"),
+        (["a.wav", "silent", "-o", "new/out.npz"], "no audio files in silent"),
+        (["a.wav", "-o", "new/out.csv"], "new/out.csv"),
+        (["a.wav", "-o", "new/out.npy"], ".npz"),
+        (["a.wav", "-o", "new/out.h5"], ".parquet"),
+        (["a.wav", "-o", "a.wav"], "a.wav"),
+        (["a.wav", "-o", "a.wav/out.npz"], "a.wav"),
+        (["a.wav", "-o", "new/out.npz", "--device", "nosuch"], "nosuch"),
+        (["a.wav", "-o", "new/out.npz", "--model", "hear_nosuch"], "hear_nosuch"),
+        (["a.wav", "-o", "new/out.npz", "--precision", "int8"], "int8"),
+        (["a.wav", "-o", "new/out.npz", "--framing", "loose"], "loose"),
+        (["a.wav", "-o", "new/out.npz", "--weights", "/no/such/place"], "/no/such/place"),
+        (["a.wav", "-o", "new/out.npz", "--weights", "a.wav"], "a.wav"),
+        (["a.wav", "-o", "new/out.npz", "--weights", "silent"], "config.json"),
+        (["a.wav", "-o", "new/out.npz", "--weights", "", "--revision", "main"], "revision"),
+        (["a.wav", "-o", "new/out.npz", "--jobs", "-1"], "--jobs"),
+        (["a.wav", "-o", "new/out.npz", "--jobs", "0"], "--jobs"),
+        (["a.wav", "-o", "new/out.npz", "--jobs", "1.5"], "--jobs"),
+        (["a.wav", "-o", "new/out.npz", "--jobs", "many"], "--jobs"),
+        (["a.wav", "-o", "new/out.npz", "--batch-seconds", "0"], "--batch-seconds"),
+        (["a.wav", "-o", "new/out.npz", "--batch-seconds", "-3"], "--batch-seconds"),
+        (["a.wav", "-o", "new/out.npz", "--batch-seconds", "nan"], "--batch-seconds"),
+        (["a.wav", "-o", "new/out.npz", "--nosuch"], "--nosuch"),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_bad_usage_writes_nothing_and_says_why(
+    embed, recordings, workplace, arguments: list[str], complaint: str
+) -> None:
+    shutil.copy(recordings / "a.wav", workplace)
+    (workplace / "silent").mkdir()
+    (workplace / "silent" / "notes.txt").write_text("no audio")
+    content = Path("a.wav").read_bytes()
+    outcome = embed(*arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    *usage, error = outcome.err.splitlines()
+    assert error.startswith("hear-embed: error: ")
+    assert complaint in error
+    assert not usage or usage[0].startswith("usage: ")
+    assert files_in(workplace) == ["a.wav", "silent/notes.txt"]
+    assert not Path("new").exists()
+    assert Path("a.wav").read_bytes() == content
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_bad_usage(embed, recordings, workplace) -> None:
+    outcome = embed(recordings, "-o", "out.npz", "--device", "cuda")
+    assert outcome.code == 2
+    assert "CUDA" in outcome.err
+    assert files_in(workplace) == []
+
+
+@pytest.mark.parametrize(
+    "model, name, taken", [("hear_audiomaepp", "axlstm", "audiomaepp"), ("hear_axlstm", "mae", "axlstm")]
+)
+def test_weights_of_the_other_family_are_refused(
+    embed, recordings, checkpoints, workplace, model: str, name: str, taken: str
+) -> None:
+    outcome = embed(recordings, "-o", "new/out.npz", "--model", model, "--weights", checkpoints[name])
+    assert outcome.code == 2
+    assert f"'{name}'" in outcome.err and f"{model} takes {taken}" in outcome.err
+    assert not Path("new").exists()
+
+
+def test_released_checkpoint_as_weights_is_told_how_to_import_it(embed, recordings, workplace) -> None:
+    Path("released.pth").write_bytes(b"anything")
+    outcome = embed(recordings, "-o", "out.npz", "--weights", "released.pth")
+    assert outcome.code == 2
+    assert "hear-weights import" in outcome.err
+    assert not Path("out.npz").exists()
+
+
+def test_damaged_weights_are_refused_by_name(embed, recordings, checkpoints, workplace) -> None:
+    shutil.copytree(checkpoints["audiomaepp"], "damaged")
+    weights = Path("damaged/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    outcome = embed(recordings, "-o", "out.npz", "--weights", "damaged")
+    assert outcome.code == 2
+    assert str(weights) in outcome.err
+    assert not Path("out.npz").exists()
+
+
+def test_parquet_without_pyarrow_says_what_to_install(embed, recordings, workplace, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    outcome = embed(recordings, "-o", "new/out.parquet")
+    assert outcome.code == 2
+    assert "pip install 'hear-audiomaepp[parquet]'" in outcome.err
+    assert not Path("new").exists()
+    assert embed(recordings, "-o", "out.npz").code == 0  # which needs none
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Runs that are cut off
+
+
+class Interruption(Exception):
+    """Not an error the command expects."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interruption()], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("output", ["out.npz", "out.parquet"])
+@pytest.mark.parametrize("timestamps", [[], ["--timestamps"]])
+def test_interrupted_run_leaves_neither_half_a_file_nor_a_temporary_one(
+    embed, interrupt, recordings, workplace, output: str, error: BaseException, timestamps: list[str]
+) -> None:
+    needs_pyarrow(output)
+
+    def look() -> None:
+        assert not Path(output).exists()
+
+    interrupt(3, error, look)
+    with contextlib.suppress(KeyboardInterrupt, Interruption):
+        assert embed(recordings, "-o", output, "--batch-seconds", 0.1, *timestamps).code not in (0, 2)
+    assert files_in(workplace) == []
+
+
+@pytest.mark.parametrize("output", ["out.npz", "out.parquet"])
+def test_interrupted_run_leaves_the_earlier_output_as_it_was(
+    embed, interrupt, recordings, workplace, output: str
+) -> None:
+    needs_pyarrow(output)
+    embed(recordings / "a.wav", "-o", output)
+    before = Path(output).read_bytes()
+    interrupt(2, KeyboardInterrupt())
+    with contextlib.suppress(KeyboardInterrupt):
+        embed(recordings, "-o", output, "--batch-seconds", 0.1)
+    assert Path(output).read_bytes() == before
+    assert files_in(workplace) == [output]
+
+
+def test_interrupted_folder_run_keeps_what_is_done_and_goes_on_from_there(
+    embed, interrupt, decoded, recordings, expected, workplace
+) -> None:
+    interrupt(3, KeyboardInterrupt())
+    with contextlib.suppress(KeyboardInterrupt):
+        embed(recordings, "-o", "out", "--batch-seconds", 0.1)
+    done = {name: Path("out", f"{name}.npy").stat().st_mtime_ns for name in read_scenes(workplace / "out", workplace)}
+    assert sorted(done) == ["nested/a.wav", "nested/d.MP3"]  # the two shortest
+    assert not [name for name in files_in(workplace) if "tmp" in name]
+
+    decoded.clear()
+    outcome = embed(recordings, "-o", "out")
+    assert (outcome.code, outcome.out) == (0, "out: 3 of 5 files embedded, 2 there before\n")
+    assert sorted(decoded) == ["a.flac", "a.wav", "c.ogg"]
+    for name in RECORDINGS:
+        assert_close(np.load(f"out/{name}.npy"), expected(recordings / name))
+    assert done == {name: Path("out", f"{name}.npy").stat().st_mtime_ns for name in done}
+
+
+@pytest.mark.parametrize("output, function", [("out.npz", "savez"), ("out", "save")])
+def test_failed_write_leaves_nothing_that_looks_done(
+    embed, recordings, workplace, monkeypatch, output: str, function: str
+) -> None:
+    write = getattr(np, function)
+
+    def full(file, *args, **kwargs):
+        file.write(b"the first half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, function, full)
+    with contextlib.suppress(OSError):
+        assert embed(recordings, "-o", output).code == 1
+    assert [name for name in files_in(workplace) if not name.endswith("hear-embed.json")] == []
+    monkeypatch.setattr(np, function, write)
+    assert embed(recordings, "-o", output).code == 0
+    assert sorted(read_scenes(workplace / output, recordings)) == RECORDINGS
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A folder that is there already
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    arrays = [name for name in files_in(folder) if name.endswith(".npy")]
+    return {name: ((folder / name).stat().st_mtime_ns, (folder / name).read_bytes()) for name in arrays}
+
+
+@pytest.mark.parametrize("timestamps", [[], ["--timestamps"]])
+def test_second_run_on_a_folder_makes_only_what_is_missing(
+    embed, decoded, recordings, workplace, timestamps: list[str]
+) -> None:
+    assert embed(recordings, "-o", "out", *timestamps).code == 0
+    before = snapshot(workplace / "out")
+    decoded.clear()
+
+    outcome = embed(recordings, "-o", "out", *timestamps)
+    assert (outcome.code, outcome.out) == (0, "out: nothing new, 5 of 5 files there before\n")
+    assert decoded == []
+    assert snapshot(workplace / "out") == before
+
+    missing = "nested/deeper/c.ogg.npy"
+    (workplace / "out" / missing).unlink()
+    outcome = embed(recordings, "-o", "out", *timestamps)
+    assert (outcome.code, outcome.out) == (0, "out: 1 of 5 files embedded, 4 there before\n")
+    assert decoded == ["c.ogg"]
+    after = snapshot(workplace / "out")
+    assert {name: content for name, (_, content) in after.items()} == {
+        name: content for name, (_, content) in before.items()
+    }
+    assert {name for name in before if before[name] != after[name]} >= {missing}
+    assert all("c.ogg" in name for name in before if before[name] != after[name])
+
+
+def test_output_folder_may_lie_in_the_input_folder(embed, recordings, workplace) -> None:
+    shutil.copytree(recordings, "in")
+    for expected_end in ("5 of 5 files embedded\n", "5 of 5 files there before\n"):
+        outcome = embed("in", "-o", "in/embeddings")
+        assert outcome.code == 0
+        assert outcome.out.endswith(expected_end)
+
+
+def test_files_that_failed_are_tried_again(embed, recordings, workplace) -> None:
+    shutil.copytree(recordings, "in")
+    write_bad(Path("in/junk.wav"))
+    for _ in range(2):
+        outcome = embed("in", "-o", "out")
+        assert outcome.code == 1
+        assert outcome.err.count("junk.wav") == 1
+    shutil.copy(recordings / "a.wav", "in/junk.wav")
+    outcome = embed("in", "-o", "out")
+    assert (outcome.code, outcome.out) == (0, "out: 1 of 6 files embedded, 5 there before\n")
+
+
+@pytest.mark.parametrize(
+    "first, second, word",
+    [
+        ([], ["--weights", "other"], "weights"),
+        ([], ["--timestamps"], "timestamps"),
+        (["--timestamps"], [], "timestamps"),
+        ([], ["--framing", "reference"], "framing"),
+        ([], ["--precision", "bfloat16"], "precision"),
+        ([], ["--model", "hear_axlstm", "--weights", "axlstm"], "model"),
+    ],
+    ids=lambda value: " ".join(value) or "plain" if isinstance(value, list) else "",
+)
+def test_folder_does_not_mix_settings(
+    embed, recordings, checkpoints, workplace, first: list[str], second: list[str], word: str
+) -> None:
+    first, second = ([str(checkpoints.get(argument, argument)) for argument in words] for words in (first, second))
+    assert embed(recordings, "-o", "out", *first).code == 0
+    (workplace / "out" / "a.wav.npy").unlink()  # there would be something to do
+    names, before = files_in(workplace), snapshot(workplace / "out")
+    outcome = embed(recordings, "-o", "out", *second)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "out holds embeddings made with" in outcome.err and word in outcome.err
+    assert (files_in(workplace), snapshot(workplace / "out")) == (names, before)
+    assert embed(recordings, "-o", "out", *first).code == 0
+
+
+def test_same_weights_from_elsewhere_are_the_same_settings(embed, recordings, checkpoints, workplace) -> None:
+    assert embed(recordings, "-o", "out").code == 0
+    shutil.copytree(checkpoints["audiomaepp"], "moved")
+    assert embed(recordings, "-o", "out", "--weights", "moved/model.safetensors").code == 0
+    assert embed(recordings, "-o", "out", "--batch-seconds", 1, "--jobs", 1, "--precision", "float32").code == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_damaged_settings_of_a_folder_are_named(embed, recordings, workplace, content: str) -> None:
+    embed(recordings, "-o", "out")
+    Path("out/hear-embed.json").write_text(content)
+    outcome = embed(recordings, "-o", "out")
+    assert outcome.code == 2
+    assert str(Path("out/hear-embed.json")) in outcome.err
+
+
+def test_file_of_the_same_name_elsewhere_is_not_taken_for_one_that_is_done(
+    embed, recordings, expected, workplace
+) -> None:
+    """Two runs, on two folders that each hold an a.wav, into one output folder."""
+    first, second = recordings / "a.wav", recordings / "nested" / "a.wav"
+    assert embed(first, "-o", "out").code == 0
+    outcome = embed(second, "-o", "out")
+    if outcome.code == 0:  # then it is there, and so is the first
+        found = list(read_scenes(workplace / "out", workplace).values())
+        assert len(found) == 2
+        for path in (first, second):
+            assert min(np.abs(scene - expected(path)).max() for scene in found) < 1e-5
+    else:
+        assert outcome.code == 2
+        assert "out" in outcome.err
+
+
+def test_glob_that_comes_to_match_in_more_folders_makes_nothing_twice(embed, decoded, recordings, workplace) -> None:
+    Path("calls/2024").mkdir(parents=True)
+    shutil.copy(recordings / "a.wav", "calls/2024/x.wav")
+    assert embed("calls/**/*.wav", "-o", "out").code == 0
+    Path("calls/2025").mkdir()
+    shutil.copy(recordings / "nested" / "a.wav", "calls/2025/y.wav")
+    decoded.clear()
+    assert embed("calls/**/*.wav", "-o", "out").code == 0
+    assert decoded == ["y.wav"]
+    assert len(read_scenes(workplace / "out", workplace)) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# As a process of its own
+
+WATCHED_ENTRY = """
+import sys
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.bind"):
+        raise SystemExit(f"network: {event} {arguments}")
+
+sys.addaudithook(refuse)
+from hear_encoders.cli import embed_main
+code = embed_main()
+unwanted = {"torchaudio", "training", "huggingface_hub", "tensorflow", "xlstm", "mlstm_kernels"} & sys.modules.keys()
+sys.exit(f"imported {unwanted}" if unwanted else code)
+"""
+
+
+def test_process_is_silent_but_for_its_result_and_needs_no_network(
+    recordings, checkpoints, expected, workplace
+) -> None:
+    junk = write_bad(workplace / "junk.wav")
+    arguments = [recordings, junk, "-o", "out.npz", "--device", "cpu", "--weights", checkpoints["audiomaepp"]]
+    process = start(WATCHED_ENTRY, *arguments)
+    said, complained = process.communicate()
+    assert said == "out.npz: 5 of 6 files embedded\n"
+    assert complained == f"hear-embed: failed: {junk}: not readable as audio (Format not recognised.)\n"  # no bar
+    assert process.returncode == 1
+    for name, scene in read_scenes(workplace / "out.npz", recordings).items():
+        assert_close(scene, expected(recordings / name))
+
+
+def test_terminal_gets_a_progress_bar(recordings, checkpoints, workplace) -> None:
+    pty, termios, fcntl = (pytest.importorskip(name) for name in ("pty", "termios", "fcntl"))
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns
+    arguments = [recordings, "-o", "out.npz", "--device", "cpu", "--weights", checkpoints["audiomaepp"]]
+    with start(ENTRY, *arguments, stderr=end) as process:
+        os.close(end)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the process has ended
+            while piece := os.read(terminal, 4096):
+                shown += piece
+        os.close(terminal)
+        assert process.stdout.read() == "out.npz: 5 of 5 files embedded\n"
+    assert process.returncode == 0
+    assert b"100%" in shown and b"5/5" in shown and b"file" in shown
+
+
+def test_no_bar_where_there_is_no_terminal(embed, recordings, workplace) -> None:
+    assert embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1).err == ""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# hear-weights
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_show_prints_what_a_checkpoint_is(weights, checkpoints, name: str) -> None:
+    file = checkpoints[name] / "model.safetensors"
+    parameters = sum(parameter.numel() for parameter in build_encoder(CONFIGS[name]).parameters())
+    for source in (checkpoints[name], file):
+        outcome = weights("show", source)
+        assert outcome.code == 0
+        assert outcome.err == ""
+        lines = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
+        assert (
+            lines.items()
+            >= {
+                "file": str(file),
+                "size": f"{file.stat().st_size / 1e6:.1f} MB",
+                "SHA-256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                "parameters": f"{parameters:,}",
+                "family": name,
+                "dim": "48",
+                "depth": "1",
+                "heads": "4" if name == "axlstm" else "3",
+                "chunk_frames": "200",
+                "patch_bands": "16",
+            }.items()
+        )
+    assert ("flip" in lines) == (name == "axlstm")
+
+
+def test_show_says_what_is_wrong(weights, checkpoints, workplace) -> None:
+    Path("released.pth").write_bytes(b"anything")
+    Path("notes.txt").write_text("anything")
+    Path("empty").mkdir()
+    shutil.copytree(checkpoints["mae"], "half")
+    Path("half/model.safetensors").unlink()
+    shutil.copytree(checkpoints["mae"], "unfit")
+    shutil.copy(checkpoints["audiomaepp"] / "model.safetensors", "unfit")
+    for source, complaints in {
+        "/no/such/place": ["/no/such/place"],
+        "released.pth": ["released.pth", "hear-weights import"],
+        "notes.txt": ["notes.txt", ".safetensors"],
+        "empty": ["config.json"],
+        "half": ["model.safetensors"],
+        "unfit": ["unfit", "tensor"],
+    }.items():
+        outcome = weights("show", source)
+        assert outcome.code == 2, source
+        assert outcome.out == ""
+        (line,) = outcome.err.splitlines()
+        assert line.startswith("hear-weights: error: ")
+        for complaint in complaints:
+            assert complaint in line
+
+
+def test_import_prints_what_it_wrote_and_the_result_embeds(weights, embed, recordings, workplace) -> None:
+    outcome = weights("import", GOLDEN / "ssast.pth", "new/ssast", "--heads", 3)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert files_in(workplace / "new") == ["ssast/config.json", "ssast/model.safetensors"]
+    assert outcome.out == weights("show", "new/ssast").out
+    assert "ssast" in outcome.out
+    assert embed(recordings / "a.wav", "-o", "out.npz", "--model", "hear_axlstm", "--weights", "new/ssast").code == 0
+
+
+def test_import_takes_what_the_tensors_cannot_tell(weights, workplace) -> None:
+    for words, flip, gate in [
+        ([], "True", "exponential"),
+        (["--no-flip", "--input-gate", "sigmoid"], "False", "sigmoid"),
+    ]:
+        outcome = weights("import", GOLDEN / "axlstm_e3_noflip.pth", "out", *words)
+        assert outcome.code == 0
+        assert re.search(rf"^flip +{flip}$", outcome.out, re.MULTILINE)
+        assert re.search(rf"^input_gate +{gate}$", outcome.out, re.MULTILINE)
+
+
+def test_import_says_what_is_wrong_and_writes_nothing(weights, workplace) -> None:
+    Path("junk.pth").write_bytes(b"junk")
+    torch.save({"model": {"weight": torch.zeros(3)}}, "foreign.pth")
+    torch.save([1, 2], "list.pth")
+    names = files_in(workplace)
+    for source, complaint in {
+        "nothere.pth": "nothere.pth",
+        "junk.pth": "junk.pth",
+        "foreign.pth": "foreign.pth",
+        "list.pth": "list.pth",
+        str(GOLDEN / "ssast.pth"): "--heads",
+    }.items():
+        outcome = weights("import", source, "out")
+        assert outcome.code == 2, source
+        assert outcome.out == ""
+        assert outcome.err.startswith("hear-weights: error: ")
+        assert complaint in outcome.err
+        assert files_in(workplace) == names
+        assert not Path("out").exists()
+    outcome = weights("import", GOLDEN / "ssast.pth", "junk.pth", "--heads", 3)  # where a file is in the way
+    assert outcome.code == 2
+    assert "junk.pth" in outcome.err
+    assert Path("junk.pth").read_bytes() == b"junk"
+
+
+def test_commands_without_their_arguments_are_bad_usage(weights) -> None:
+    for arguments in ([], ["show"], ["import", "x.pth"], ["nosuch"], ["import", "x.pth", "out", "--heads", "0"]):
+        outcome = weights(*arguments)
+        assert outcome.code == 2
+        assert "hear-weights" in outcome.err and "error: " in outcome.err

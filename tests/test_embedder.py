@@ -1,0 +1,276 @@
+"""Exact framing, as properties; options; bad input."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hear_encoders import AxLSTMConfig, Embedder, PatchConfig, TransformerConfig, build_encoder
+from hear_encoders.embedder import check_audio, resolve_precision
+
+STATISTICS = (-6.0, 3.5)
+KINDS = ["audiomaepp", "axlstm"]
+LENGTHS = [1, 100, 201, 239, 240, 480, 879, 880, 1519, 1520, 16000, 31999, 32000, 32240, 32241, 70001]
+
+
+@pytest.mark.parametrize("samples", LENGTHS)
+def test_steps_are_40_ms_apart_from_15_ms_and_lie_within_the_clip(small_embedder, noise, samples):
+    embeddings, timestamps = small_embedder().timestamp_embeddings(noise(2, samples))
+    steps = max(1, math.floor((samples / 16 - 15) / 40) + 1)
+    assert embeddings.shape == (2, steps, 240) and timestamps.shape == (2, steps)
+    assert embeddings.dtype == timestamps.dtype == torch.float32
+    assert embeddings.isfinite().all()
+    assert timestamps.tolist() == [[40 * i + 15 for i in range(steps)]] * 2
+
+
+@pytest.mark.parametrize(("frames", "first", "spacing"), [(4, 15, 40), (8, 35, 80), (2, 5, 20)])
+def test_steps_stand_at_the_centre_of_their_frames_for_other_patch_sizes(noise, frames, first, spacing):
+    config = AxLSTMConfig("axlstm", dim=48, depth=1, patches=PatchConfig(patch_frames=frames, patch_bands=16))
+    _, timestamps = Embedder(build_encoder(config, seed=0)).timestamp_embeddings(noise(1, 48000))
+    assert timestamps[0].tolist() == [first + spacing * i for i in range(int((3000 - first) // spacing) + 1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [1, 5000, 32000, 80001])
+def test_scene_embedding_is_the_mean_over_steps(small_embedder, noise, kind, samples):
+    embedder, audio = small_embedder(kind, max_chunks=2), noise(3, samples)
+    steps, _ = embedder.timestamp_embeddings(audio)
+    torch.testing.assert_close(embedder.scene_embeddings(audio), steps.mean(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("click_ms", [1000, 2400, 3333])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_click_moves_the_embedding_at_its_own_time(small_embedder, noise, kind, click_ms):
+    quiet = 0.01 * noise(1, 70000)
+    clicked = quiet.clone()
+    clicked[0, 16 * click_ms : 16 * click_ms + 32] += 0.5
+    embedder = small_embedder(kind, statistics=STATISTICS)
+    before, timestamps = embedder.timestamp_embeddings(quiet)
+    after, _ = embedder.timestamp_embeddings(clicked)
+    moved = (after - before).norm(dim=-1)[0]
+    chunk = (timestamps[0] // 2000).int()
+    nearest = (timestamps[0] - click_ms).abs().argmin()
+    assert (timestamps[0][moved.argmax()] - click_ms).abs() <= 40
+    assert moved[nearest] > 0.3
+    assert moved[chunk != chunk[nearest]].max() < 1e-4  # chunks are independent
+
+
+@pytest.mark.parametrize("click_ms", [1000, 2400, 3333])
+def test_a_click_moves_nothing_before_the_stft_window_reaches_it_without_flip(small_embedder, noise, click_ms):
+    quiet = 0.01 * noise(1, 70000)
+    clicked = quiet.clone()
+    clicked[0, 16 * click_ms : 16 * click_ms + 32] += 0.5
+    embedder = small_embedder("axlstm", statistics=STATISTICS)
+    before, timestamps = embedder.timestamp_embeddings(quiet)
+    after, _ = embedder.timestamp_embeddings(clicked)
+    moved = (after - before).abs().amax(-1)[0]
+    # Step i ends with frame 4i + 3, 15 ms after its timestamp, whose window reaches 12.5 ms further.
+    untouched = timestamps[0] + 15 + 12.5 <= click_ms
+    assert moved[untouched].max() < 1e-5
+    assert moved[~untouched][0] > 1e-3
+
+
+@pytest.mark.parametrize("given", [None, STATISTICS])
+def test_batched_equals_single(small_encoder, noise, given):
+    embedder, audio = Embedder(small_encoder, statistics=given), noise(5, 50000)
+    audio[1] *= 0.01
+    audio[2] = 0
+    batched, _ = embedder.timestamp_embeddings(audio)
+    for clip, embedding in zip(audio, batched):
+        single, _ = embedder.timestamp_embeddings(clip[None])
+        torch.testing.assert_close(single[0], embedding, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(embedder.scene_embeddings(clip)[0], embedding.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_clip_equals_itself_with_samples_appended_up_to_the_last_complete_chunk(small_encoder, noise):
+    embedder = Embedder(small_encoder, statistics=STATISTICS)
+    clip, longer = noise(1, 70000), torch.cat([noise(1, 70000), noise(1, 41234, seed=1)], dim=1)
+    short, _ = embedder.timestamp_embeddings(clip)
+    long, _ = embedder.timestamp_embeddings(longer)
+    torch.testing.assert_close(long[:, :100], short[:, :100], rtol=1e-4, atol=1e-5)  # two complete chunks of 2 s
+    assert (long[:, 100 : short.shape[1]] - short[:, 100:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("max_chunks", [1, 2, 3, 7, 1000])
+def test_max_chunks_does_not_change_the_result(small_encoder, noise, max_chunks):
+    audio = noise(3, 100_000)
+    expected, _ = Embedder(small_encoder).timestamp_embeddings(audio)
+    embedder = Embedder(small_encoder, max_chunks=max_chunks)
+    torch.testing.assert_close(embedder.timestamp_embeddings(audio)[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embedder.scene_embeddings(audio), expected.mean(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("framing", ["exact", "reference"])
+def test_clips_of_different_lengths_embed_together_as_they_do_alone(small_embedder, noise, framing):
+    embedder = small_embedder("axlstm", framing=framing, max_chunks=4)
+    clips = [noise(1, samples, seed=samples) for samples in (70001, 1, 32000, 31999, 70001, 8000)]
+    for per_step in (False, True):
+        together = embedder.embed_batches(clips, per_step)
+        for clip, embedding in zip(clips, together):
+            alone = embedder.timestamp_embeddings(clip)[0] if per_step else embedder.scene_embeddings(clip)
+            torch.testing.assert_close(embedding, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_frame_is_repeated_where_the_last_step_lacks_frames(small_embedder):
+    embedder = small_embedder(statistics=STATISTICS)
+    chunks = embedder._chunks(torch.rand(1, 880))  # 6 frames; two steps need 8
+    assert len(chunks) == 1 and chunks[0].frames.shape == (8, 80) and chunks[0].steps == 2
+    assert torch.equal(chunks[0].frames[6], chunks[0].frames[5]) and torch.equal(
+        chunks[0].frames[7], chunks[0].frames[5]
+    )
+
+
+def test_no_padding_enters_the_encoder(small_embedder, noise):
+    embedder = small_embedder()
+    lengths = [chunk.frames.shape[0] for chunk in embedder._chunks(noise(1, 70001))]
+    assert lengths == [200, 200, 40]  # 438 frames; the 110th step lacks two
+
+
+@pytest.mark.parametrize("audio", [torch.zeros(2, 40000), torch.full((2, 40000), 0.5), torch.zeros(1, 10)])
+def test_silence_and_dc_give_finite_embeddings(small_encoder, audio):
+    embedder = Embedder(small_encoder)
+    embeddings, _ = embedder.timestamp_embeddings(audio)
+    assert embeddings.isfinite().all() and embedder.scene_embeddings(audio).isfinite().all()
+
+
+def test_own_statistics_given_explicitly_change_nothing(small_embedder, noise):
+    audio = noise(1, 40000)
+    logmel = small_embedder().log_mel(audio)
+    given = small_embedder(statistics=[logmel.mean().item(), logmel.std().item()])
+    torch.testing.assert_close(
+        given.scene_embeddings(audio), small_embedder().scene_embeddings(audio), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_dtypes_of_audio_are_taken(small_embedder, noise, dtype):
+    audio = noise(1, 20000).to(dtype)
+    scene = small_embedder().scene_embeddings(audio)
+    assert scene.dtype == torch.float32
+    torch.testing.assert_close(scene, small_embedder().scene_embeddings(audio.float()))
+
+
+def test_a_single_clip_without_batch_dimension_is_a_batch_of_one(small_embedder, noise):
+    clip = noise(1, 20000)
+    assert torch.equal(small_embedder().scene_embeddings(clip[0]), small_embedder().scene_embeddings(clip))
+    assert small_embedder().timestamp_embeddings(clip[0])[0].shape == (1, 31, 240)
+
+
+def test_non_contiguous_audio_and_audio_with_gradient_are_taken(small_embedder, noise):
+    audio = noise(20000, 2).T.requires_grad_()
+    expected = small_embedder().scene_embeddings(audio.detach().contiguous())
+    torch.testing.assert_close(small_embedder().scene_embeddings(audio), expected)
+
+
+def test_results_can_be_trained_on(small_embedder, noise):
+    scene = small_embedder().scene_embeddings(noise(2, 20000))
+    head = torch.nn.Linear(240, 3)
+    head(scene).sum().backward()  # would raise for an inference tensor
+    assert head.weight.grad is not None
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01), ("float32", 1e-6)])
+def test_precision_changes_results_only_by_rounding(small_encoder, noise, precision, tolerance):
+    audio = noise(2, 40000)
+    expected = Embedder(small_encoder, precision="float32").scene_embeddings(audio)
+    actual = Embedder(small_encoder, precision=precision).scene_embeddings(audio)
+    assert actual.dtype == torch.float32 and actual.isfinite().all()
+    error = (actual - expected).norm() / expected.norm()
+    assert error <= tolerance and (error > 0 or precision == "float32")
+
+
+def test_auto_precision_is_float32_on_the_cpu():
+    assert resolve_precision("auto", torch.device("cpu")) is torch.float32
+    assert resolve_precision("bfloat16", torch.device("cpu")) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"framing": "loose"}, "framing must be one of 'exact', 'reference'; got 'loose'"),
+        ({"precision": "int8"}, "precision must be one of 'auto', 'float32', 'bfloat16', 'float16'; got 'int8'"),
+        ({"max_chunks": 0}, "max_chunks must be an integer of at least 1, got 0"),
+        ({"max_chunks": 2.5}, "max_chunks must be an integer of at least 1, got 2.5"),
+        ({"statistics": [1.0]}, "statistics must be a mean and a standard deviation"),
+        ({"statistics": [0.0, 0.0]}, "positive standard deviation"),
+        ({"statistics": [float("nan"), 1.0]}, "finite mean"),
+    ],
+)
+def test_impossible_options_are_refused(small_embedder, options, message):
+    with pytest.raises(ValueError, match=message):
+        small_embedder(**options)
+
+
+@pytest.mark.parametrize(
+    ("audio", "error", "message"),
+    [
+        ([[0.1, 0.2], [0.3]], TypeError, "must be a torch.Tensor of shape .clips, samples., got list"),
+        (torch.zeros(2, 100).numpy(), TypeError, "got ndarray"),
+        (None, TypeError, "got NoneType"),
+        (torch.zeros(2, 100, dtype=torch.int16), TypeError, "floating-point samples in .-1, 1., got torch.int16"),
+        (torch.zeros(2, 100, dtype=torch.complex64), TypeError, "got torch.complex64"),
+        (torch.zeros(1, 2, 100), ValueError, r"got \(1, 2, 100\)"),
+        (torch.tensor(0.5), ValueError, r"got \(\)"),
+        (torch.zeros(2, 0), ValueError, r"audio is empty: got shape \(2, 0\)"),
+        (torch.zeros(0, 100), ValueError, r"audio is empty: got shape \(0, 100\)"),
+        (torch.tensor([[0.0, float("nan")]]), ValueError, "finite samples"),
+        (torch.tensor([[0.0, float("inf")]]), ValueError, "finite samples"),
+        (torch.tensor([[0.0, -float("inf")]]), ValueError, "finite samples"),
+        (torch.tensor([[0.0, 1e300]], dtype=torch.float64), ValueError, "finite samples"),
+        (torch.tensor([[0.0, 1e20]]), ValueError, "finite samples"),
+    ],
+)
+def test_bad_audio_is_refused_before_any_work(small_embedder, monkeypatch, audio, error, message):
+    embedder = small_embedder()
+    monkeypatch.setattr(embedder.log_mel, "forward", lambda audio: pytest.fail("work was done"))
+    for function in (embedder.scene_embeddings, embedder.timestamp_embeddings):
+        with pytest.raises(error, match=message):
+            function(audio)
+
+
+def test_sixteen_bit_range_warns(small_embedder, noise):
+    with pytest.warns(UserWarning, match=r"audio peaks at 3\d+.*; samples are expected in \[-1, 1\]"):
+        small_embedder().scene_embeddings(32768 * noise(1, 4000))
+
+
+def test_ordinary_audio_does_not_warn(noise, recwarn):
+    check_audio(3 * noise(1, 4000))
+    assert not recwarn.list
+
+
+MEMORY_PROGRAM = """
+import resource, torch
+from hear_encoders import Embedder, build_encoder, preset
+torch.set_num_threads(2)
+embedder = Embedder(build_encoder(preset({preset!r}), seed=0).eval())
+hour = torch.rand(1, 3600 * 16000, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
+embeddings, timestamps = embedder.timestamp_embeddings(hour)
+assert embeddings.shape == (1, 90000, 960) and embeddings.isfinite().all(), embeddings.shape
+assert timestamps[0, -1] == 40 * 89999 + 15
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["audiomaepp_tiny", "axlstm_tiny"])
+def test_an_hour_runs_in_less_than_1500_mb(preset):
+    program = MEMORY_PROGRAM.format(preset=preset)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 1500
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("config", [TransformerConfig("audiomaepp", 48, 2, 3), AxLSTMConfig("axlstm", 48, 2)])
+def test_cuda_equals_cpu(noise, config):
+    audio = noise(2, 70000)
+    encoder = build_encoder(config, seed=0).eval()
+    expected, _ = Embedder(encoder).timestamp_embeddings(audio)
+    embedder = Embedder(encoder, precision="float32").cuda()
+    actual, timestamps = embedder.timestamp_embeddings(audio.cuda())
+    assert actual.is_cuda and timestamps.is_cuda
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert embedder.scene_embeddings(audio).device.type == "cpu"  # results follow the audio

@@ -1,0 +1,74 @@
+"""Waveform to log-mel: torchaudio's numbers, in slices, at any length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hear_encoders import frontend
+from hear_encoders.frontend import LogMel, clip_statistics, mel_matrix, normalize
+
+LENGTHS = (17120, 32000, 68801)
+
+
+@pytest.mark.parametrize("samples", LENGTHS)
+def test_equals_torchaudio(golden, samples):
+    tensors, _ = golden("frontend")
+    logmel = LogMel()(tensors[f"audio.{samples}"])
+    assert logmel.shape == (2, samples // 160 + 1, 80)
+    torch.testing.assert_close(logmel, tensors[f"logmel_raw.{samples}"][:, 0], rtol=0, atol=5e-6)
+    normalized = normalize(logmel, *clip_statistics(logmel))
+    torch.testing.assert_close(normalized, tensors[f"logmel_normalized.{samples}"][:, 0], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("slice_frames", [1, 2, 7, 100, 431])
+def test_slices_do_not_show(golden, monkeypatch, slice_frames):
+    audio = golden("frontend")[0]["audio.68801"]
+    whole = LogMel()(audio)
+    monkeypatch.setattr(frontend, "FRAMES_PER_SLICE", slice_frames)
+    torch.testing.assert_close(LogMel()(audio), whole, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 159, 160, 200, 201, 202, 399, 400, 401])
+def test_short_clips_have_finite_frames(noise, samples):
+    logmel = LogMel()(noise(2, samples))
+    assert logmel.shape == (2, max(samples, 201) // 160 + 1, 80)
+    assert logmel.isfinite().all()
+
+
+def test_a_clip_too_short_to_reflect_is_extended_with_zeros(noise):
+    clip = noise(1, 150)
+    extended = torch.cat([clip, torch.zeros(1, 51)], dim=1)
+    assert torch.equal(LogMel()(clip), LogMel()(extended))
+
+
+def test_a_sine_peaks_in_its_own_band():
+    corners_mel = torch.linspace(2595 * torch.log10(torch.tensor(1 + 50 / 700)).item(), 2840.0230, 82)
+    centres_hz = 700 * (10 ** (corners_mel[1:-1] / 2595) - 1)
+    seconds = torch.arange(16000) / 16000
+    for band in (20, 45, 75):
+        sine = torch.sin(2 * torch.pi * centres_hz[band] * seconds)[None]
+        assert LogMel()(sine)[0, 50].argmax() == band
+
+
+def test_mel_filters_are_triangles_with_peaks_of_one_at_most():
+    matrix = mel_matrix()
+    assert matrix.shape == (201, 80) and matrix.dtype == torch.float32
+    assert (matrix >= 0).all() and matrix.max() <= 1
+    assert (matrix[0] == 0).all()  # nothing below 50 Hz
+    assert (matrix.sum(0) > 0).all()  # no empty band
+
+
+@pytest.mark.parametrize("samples", [201, 16000, 68801])
+def test_silence_normalizes_to_exactly_zero(samples):
+    logmel = LogMel()(torch.zeros(2, samples))
+    assert (normalize(logmel, *clip_statistics(logmel)) == 0).all()
+
+
+def test_statistics_are_each_clips_own(noise):
+    audio = torch.stack([noise(1, 16000)[0], 0.01 * noise(1, 16000, seed=1)[0]])
+    logmel = LogMel()(audio)
+    mean, std = clip_statistics(logmel)
+    for clip in range(2):
+        assert mean[clip].item() == pytest.approx(logmel[clip].double().mean().item(), abs=1e-5)
+        assert std[clip].item() == pytest.approx(logmel[clip].double().std().item(), abs=1e-5)

@@ -1,0 +1,161 @@
+"""The HEAR contract, as hear-validator and hear-eval-kit use it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_CONFIGS
+from hub_server import HubServer
+
+import hear_audiomaepp
+import hear_axlstm
+from hear_encoders import build_encoder, save_checkpoint
+
+MODULES = {"hear_audiomaepp": hear_audiomaepp, "hear_axlstm": hear_axlstm}
+FAMILIES = {"hear_audiomaepp": ["audiomaepp", "mae"], "hear_axlstm": ["axlstm", "ssast"]}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Directories of small checkpoints by family."""
+    for family in ("audiomaepp", "ssast", "axlstm"):
+        save_checkpoint(tmp_path / family, build_encoder(SMALL_CONFIGS[family], seed=1))
+    return {family: str(tmp_path / family) for family in ("audiomaepp", "ssast", "axlstm")}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_hear_validator_passes_unpatched(module, tmp_path):
+    validator = Path(sys.executable).parent / "hear-validator"
+    result = subprocess.run(
+        [validator, module, "--device", "cpu"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.rstrip().endswith("Looks good!")
+    assert "Interval between timestamps is 40.0ms" in result.stdout
+    assert "timestamps" not in result.stderr  # the validator warns about intervals above 50 ms there
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_without_bundled_weights_the_tiny_encoder_is_built_from_a_fixed_seed_with_a_warning(module, noise):
+    with pytest.warns(UserWarning, match=f"{module} has no bundled weights yet: this .*_tiny is untrained"):
+        one = MODULES[module].load_model()
+    with pytest.warns(UserWarning):
+        two = MODULES[module].load_model("")
+    assert one.encoder.config.dim == 192 and one.encoder.config.family == FAMILIES[module][0]
+    audio = noise(1, 16000)
+    embeddings = [MODULES[module].get_scene_embeddings(audio, model) for model in (one, two)]
+    assert torch.equal(*embeddings)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_loaded_model_has_the_attributes_of_the_hear_api(module, checkpoints):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = MODULES[module].load_model(checkpoints[FAMILIES[module][0]])
+    assert isinstance(model, torch.nn.Module) and not model.training
+    assert model.sample_rate == 16000
+    for size in (model.scene_embedding_size, model.timestamp_embedding_size):
+        assert type(size) is int and size == 240
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_embeddings_are_float32_on_the_audios_device(module, checkpoints, noise):
+    model = MODULES[module].load_model(checkpoints[FAMILIES[module][0]])
+    audio = noise(3, 40000)
+    scenes = MODULES[module].get_scene_embeddings(audio, model)
+    embeddings, timestamps = MODULES[module].get_timestamp_embeddings(audio, model)
+    assert scenes.shape == (3, 240) and embeddings.shape == (3, 63, 240) and timestamps.shape == (3, 63)
+    for tensor in (scenes, embeddings, timestamps):
+        assert tensor.dtype == torch.float32 and tensor.device == audio.device and not tensor.requires_grad
+    assert timestamps[0, 0] == 15 and (timestamps.diff() == 40).all()
+
+
+def test_options_that_arrive_as_json_work(checkpoints, noise):
+    options = json.loads(
+        '{"framing": "reference", "precision": "bfloat16", "max_chunks": 2, "revision": null, "statistics": [-6.5, 3]}'
+    )
+    model = hear_axlstm.load_model(checkpoints["axlstm"], **options)
+    assert (model.framing, model.precision, model.max_chunks) == ("reference", "bfloat16", 2)
+    assert hear_axlstm.get_timestamp_embeddings(noise(1, 32000), model)[0].shape == (1, 51, 240)
+
+
+def test_an_unknown_option_is_named(checkpoints):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'hop'"):
+        hear_axlstm.load_model(checkpoints["axlstm"], hop=10)
+
+
+def test_a_revision_needs_a_repository(checkpoints):
+    with pytest.raises(ValueError, match="revision 'v1' was given without a Hub repository"):
+        hear_axlstm.load_model(revision="v1")
+    with pytest.raises(ValueError, match="is a local path, not a Hub repository"):
+        hear_axlstm.load_model(checkpoints["axlstm"], revision="v1")
+
+
+def test_each_module_takes_its_papers_baseline_and_refuses_the_others_models(checkpoints, noise):
+    assert hear_axlstm.load_model(checkpoints["ssast"]).encoder.config.family == "ssast"
+    with pytest.raises(ValueError, match="family 'axlstm', but hear_audiomaepp takes audiomaepp and mae"):
+        hear_audiomaepp.load_model(checkpoints["axlstm"])
+    model = hear_audiomaepp.load_model(checkpoints["audiomaepp"])
+    for function in (hear_axlstm.get_scene_embeddings, hear_axlstm.get_timestamp_embeddings):
+        with pytest.raises(ValueError, match="family 'audiomaepp', but hear_axlstm takes axlstm and ssast"):
+            function(noise(1, 16000), model)
+        with pytest.raises(TypeError, match=r"must come from hear_axlstm\.load_model, got Linear"):
+            function(noise(1, 16000), torch.nn.Linear(2, 2))
+
+
+def test_bad_audio_is_refused_through_the_hear_functions(checkpoints):
+    model = hear_axlstm.load_model(checkpoints["axlstm"])
+    with pytest.raises(TypeError, match="got list"):
+        hear_axlstm.get_scene_embeddings([[0.1], [0.2, 0.3]], model)
+    with pytest.raises(ValueError, match=r"got \(1, 2, 3\)"):
+        hear_axlstm.get_timestamp_embeddings(torch.zeros(1, 2, 3), model)
+
+
+def test_load_model_reads_a_hub_repository_and_then_its_cache(checkpoints, tmp_path, noise):
+    files = {name: (tmp_path / "axlstm" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    program = (
+        "import sys, torch, hear_axlstm\n"
+        "model = hear_axlstm.load_model('org/axlstm', revision='main')\n"
+        "print(hear_axlstm.get_scene_embeddings(torch.ones(1, 16000) / 2, model).sum().item())\n"
+    )
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    with closing(HubServer()) as server:
+        server.commit("org/axlstm", files)
+        online = {**environment, "HF_ENDPOINT": server.url}
+        results = [
+            subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=tmp_path)
+            for env in (online, {**environment, "HF_HUB_OFFLINE": "1"})
+        ]
+    model = hear_axlstm.load_model(checkpoints["axlstm"])
+    expected = hear_axlstm.get_scene_embeddings(torch.ones(1, 16000) / 2, model).sum().item()
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert float(result.stdout) == pytest.approx(expected, abs=1e-2)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_packages_hold_nothing_but_the_hear_functions(module):
+    assert sorted(importlib.import_module(module).__all__) == [
+        "get_scene_embeddings",
+        "get_timestamp_embeddings",
+        "load_model",
+    ]

@@ -1,0 +1,223 @@
+"""The wheel: what is in it, and that it works where there is nothing else."""
+
+from __future__ import annotations
+
+import configparser
+import email.message
+import email.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hear_encoders
+from hear_encoders import AxLSTMConfig, TransformerConfig, build_encoder, load_audio, load_checkpoint, save_checkpoint
+
+pytest.importorskip("build")
+pytest.importorskip("pip")
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ["hear_audiomaepp", "hear_axlstm", "hear_encoders"]
+SMALL = {
+    "hear_audiomaepp": TransformerConfig("audiomaepp", dim=48, depth=1, heads=3),
+    "hear_axlstm": AxLSTMConfig("axlstm", dim=48, depth=1),
+}
+NOT_OF_THE_SOURCE = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A copy of the working tree, and what `python -m build` made of it."""
+
+    tree: Path
+    wheel: Path
+    sdist: Path
+
+    @property
+    def names(self) -> list[str]:
+        """Files in the wheel."""
+        with zipfile.ZipFile(self.wheel) as archive:
+            return archive.namelist()
+
+    def text(self, name: str) -> str:
+        """A file of the wheel's .dist-info directory."""
+        with zipfile.ZipFile(self.wheel) as archive:
+            return archive.read(f"hear_audiomaepp-{hear_encoders.__version__}.dist-info/{name}").decode()
+
+    @property
+    def metadata(self) -> email.message.Message:
+        return email.parser.Parser().parsestr(self.text("METADATA"))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Build the sdist and, out of it, the wheel. Modules without bundled weights get small ones."""
+    tree = tmp_path_factory.mktemp("source") / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*NOT_OF_THE_SOURCE))
+    (tree / "training").mkdir(exist_ok=True)
+    (tree / "training" / "__init__.py").touch()
+    for package, config in SMALL.items():
+        if not (tree / package / "weights").exists():
+            save_checkpoint(tree / package / "weights", build_encoder(config, seed=1).eval())
+    process = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", tree.parent, tree],
+        cwd=tree.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    (wheel,), (sdist,) = tree.parent.glob("*.whl"), tree.parent.glob("*.tar.gz")
+    return Built(tree, wheel, sdist)
+
+
+@pytest.fixture(scope="session")
+def site(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory into which the wheel, and nothing else, is installed."""
+    target = tmp_path_factory.mktemp("site")
+    options = ["--no-deps", "--no-index", "--no-compile", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", target, built.wheel], check=True)
+    return target
+
+
+@pytest.fixture
+def run(site: Path, tmp_path: Path):
+    """Run a command in an empty directory where only the installed wheel is found."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+
+    def execute(*command: object) -> subprocess.CompletedProcess[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        env |= {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run([str(word) for word in command], cwd=folder, env=env, capture_output=True, text=True)
+
+    return execute
+
+
+def test_wheel_is_for_every_python_3_and_platform(built: Built) -> None:
+    assert built.wheel.name == f"hear_audiomaepp-{hear_encoders.__version__}-py3-none-any.whl"
+
+
+def test_wheel_holds_the_three_packages_and_nothing_else(built: Built) -> None:
+    expected = {
+        path.relative_to(built.tree).as_posix()
+        for package in PACKAGES
+        for path in (built.tree / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    metadata = f"hear_audiomaepp-{hear_encoders.__version__}.dist-info/"
+    assert {name for name in built.names if not name.startswith(metadata)} == expected
+    assert expected >= {f"{package}/py.typed" for package in PACKAGES}
+    assert expected >= {
+        f"{package}/weights/{name}" for package in SMALL for name in ("config.json", "model.safetensors")
+    }
+    assert (built.tree / "tests").is_dir() and (built.tree / "training").is_dir()  # they were there to be left out
+    assert built.text("top_level.txt").split() == PACKAGES
+
+
+def test_metadata_is_that_of_the_project(built: Built) -> None:
+    metadata = built.metadata
+    assert metadata["Name"] == "hear-audiomaepp"
+    assert metadata["Version"] == hear_encoders.__version__
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Summary"]
+    assert set(metadata.get_all("Provides-Extra")) == {"parquet", "test"}
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    names = {re.match(r"[\w-]+", line)[0] for line in required}
+    assert names == {"torch", "numpy", "safetensors", "huggingface_hub", "soundfile", "soxr", "tqdm"}
+    assert not any("torchaudio" in line for line in metadata.get_all("Requires-Dist"))
+
+
+def test_licence_and_readme_travel_with_the_wheel(built: Built) -> None:
+    assert (ROOT / "LICENSE").is_file() and (ROOT / "README.md").is_file()
+    assert "LICENSE" in built.metadata.get_all("License-File", [])
+    assert "Apache License" in built.text("licenses/LICENSE")
+    assert built.metadata["Description-Content-Type"] == "text/markdown"
+    assert built.metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def test_commands_are_declared(built: Built) -> None:
+    entries = configparser.ConfigParser()
+    entries.read_string(built.text("entry_points.txt"))
+    assert dict(entries["console_scripts"]) == {
+        "hear-embed": "hear_encoders.cli:embed_main",
+        "hear-weights": "hear_encoders.cli:weights_main",
+    }
+
+
+def test_sdist_holds_what_the_wheel_is_made_of(built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert "pyproject.toml" in names
+    assert names >= {name for name in built.names if ".dist-info/" not in name}
+
+
+USE = """
+import json, sys, warnings
+import numpy, torch
+
+warnings.simplefilter("error", UserWarning)  # of untrained weights
+import hear_audiomaepp, hear_axlstm, hear_encoders
+
+audio = torch.from_numpy(numpy.load(sys.argv[1]))[None]
+report = {"files": [module.__file__ for module in (hear_audiomaepp, hear_axlstm, hear_encoders)]}
+for module in (hear_audiomaepp, hear_axlstm):
+    model = module.load_model()
+    scene = module.get_scene_embeddings(audio, model)
+    steps, times = module.get_timestamp_embeddings(audio, model)
+    assert scene.shape == (1, model.scene_embedding_size)
+    assert steps.shape == (*times.shape, model.timestamp_embedding_size)
+    report[module.__name__] = scene[0].tolist()
+print(json.dumps(report))
+"""
+
+
+def test_wheel_works_from_an_empty_directory_with_its_bundled_weights(built: Built, site: Path, run, tmp_path) -> None:
+    audio = load_audio(ROOT / "examples" / "till.wav")
+    np.save(tmp_path / "audio.npy", audio.numpy())
+    process = run(sys.executable, "-c", USE, tmp_path / "audio.npy")
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
+    assert [Path(file) for file in report["files"]] == [
+        site / name / "__init__.py" for name in ("hear_audiomaepp", "hear_axlstm", "hear_encoders")
+    ]
+    for package in SMALL:
+        encoder = load_checkpoint(built.tree / package / "weights" / "model.safetensors")
+        expected = hear_encoders.Embedder(encoder).scene_embeddings(audio)[0]
+        np.testing.assert_allclose(report[package], expected, atol=1e-4)
+
+
+@pytest.fixture(scope="session")
+def scripts(site: Path) -> dict[str, Path]:
+    """The two commands as pip installed them."""
+    found = {path.stem: path for path in (site / ("Scripts" if os.name == "nt" else "bin")).iterdir()}
+    assert sorted(found) == ["hear-embed", "hear-weights"]
+    return found
+
+
+def test_hear_embed_runs_as_installed(run, scripts, tmp_path: Path) -> None:
+    examples = ROOT / "examples"
+    process = run(
+        scripts["hear-embed"], examples / "till.wav", examples / "bell.mp3", "-o", "out.npz", "--device", "cpu"
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout == "out.npz: 2 of 2 files embedded\n"
+    with np.load(tmp_path / "empty" / "out.npz") as arrays:
+        assert arrays["paths"].tolist() == [str(examples / "bell.mp3"), str(examples / "till.wav")]
+        assert arrays["embeddings"].shape[0] == 2
+
+
+def test_hear_weights_runs_as_installed(run, scripts, site: Path) -> None:
+    process = run(scripts["hear-weights"], "show", site / "hear_axlstm" / "weights")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "axlstm" in process.stdout
+    assert run(scripts["hear-weights"], "show", site / "nothere").returncode == 2
