@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ from hear_encoders.frontend import SAMPLE_RATE
 
 # Frames decoded at a time: what is in memory is the 16 kHz mono result, however large the file.
 BLOCK_FRAMES = 1 << 18
+
+# What soundfile raises for a file it cannot read: besides its own error, TypeError for samples without a header
+# (.raw) and UnicodeEncodeError for a name that is not Unicode.
+UNREADABLE = (soundfile.LibsndfileError, TypeError, UnicodeEncodeError)
 
 
 def audio_extensions() -> set[str]:
@@ -29,6 +34,9 @@ def load_audio(path: str | os.PathLike[str]) -> Tensor:
     Returns:
         (samples,) float32, nominally in [-1, 1].
 
+    Warns:
+        UserWarning: the file ends before the length in its header; what is there is returned.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an audio file that libsndfile reads, damaged, or without samples.
@@ -38,22 +46,34 @@ def load_audio(path: str | os.PathLike[str]) -> Tensor:
         raise FileNotFoundError(f"no such audio file: {path}")
     try:
         with soundfile.SoundFile(path) as file:
-            mono = _read_mono(file)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: not readable as audio ({error.error_string})") from error
+            mono, frames = _read_mono(file)
+            if frames < file.frames:
+                warnings.warn(f"{path} is cut short: {frames} of {file.frames} frames are there", stacklevel=2)
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: not readable as audio ({getattr(error, 'error_string', error)})") from error
     if mono.size == 0:
         raise ValueError(f"{path}: holds no samples")
     return torch.from_numpy(mono)
 
 
-def _read_mono(file: soundfile.SoundFile) -> np.ndarray:
+def duration_s(path: str | os.PathLike[str]) -> float:
+    """Length of an audio file by its header, in seconds; 0 for one that cannot be read."""
+    try:
+        return soundfile.info(str(path)).duration
+    except UNREADABLE:
+        return 0.0
+
+
+def _read_mono(file: soundfile.SoundFile) -> tuple[np.ndarray, int]:
+    """The samples at 16 kHz, and how many frames they were made of."""
     resampler = None
     if file.samplerate != SAMPLE_RATE:
         resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, num_channels=1, dtype="float32")
-    blocks = []
+    blocks, frames = [], 0
     while True:
         block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True).mean(axis=1)
+        frames += len(block)
         last = len(block) < BLOCK_FRAMES
         blocks.append(block if resampler is None else resampler.resample_chunk(block, last=last))
         if last:
-            return np.concatenate(blocks)
+            return np.concatenate(blocks), frames

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from tqdm import tqdm
 
 from hear_encoders import checkpoint
 from hear_encoders.config import InputGate, config_to_dict
 from hear_encoders.corpus import AudioFile, embed_corpus, find_audio
 from hear_encoders.embedder import Embedder, Framing, Precision, resolve_precision
-from hear_encoders.outputs import Output, open_output
+from hear_encoders.outputs import Output, open_output, output_kind
 from hear_encoders.reference import import_checkpoint
 
 MODELS = ("hear_audiomaepp", "hear_axlstm")
-FAILED, BAD_USAGE = 1, 2
+FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 
 _EMBED_EPILOG = """\
 examples:
@@ -65,19 +66,19 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_args, **_kwargs: _say(parser.prog, f"warning: {message}")
         try:
-            files = find_audio(options.inputs)
+            output_kind(options.output)
+            root, files = find_audio(options.inputs)
             embedder = _load(options)
-            output = open_output(options.output, options.timestamps, _settings(embedder, options.model))
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no such device
+            output = open_output(options.output, options.timestamps, _settings(embedder, options.model, root))
+        except (OSError, ValueError) as error:
             _say(parser.prog, f"error: {error}")
             return BAD_USAGE
         return _embed(parser.prog, embedder, files, output, options)
 
 
 def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output, options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     todo = [file for file in files if not output.has(file.name)]
+    skipped = len(files) - len(todo)
     try:
         with tqdm(total=len(todo), unit="file", disable=None) as bar:  # None: only on a terminal
             failures = embed_corpus(
@@ -89,17 +90,26 @@ def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output
                 jobs=options.jobs,
                 on_done=bar.update,
             )
+        done = len(todo) - len(failures)
+        if done:
+            output.close()
+        else:
+            output.abort()
+    except KeyboardInterrupt:
+        output.abort()
+        _say(prog, "interrupted")
+        return INTERRUPTED
+    except OSError as error:  # of the output: those of inputs are failures of their files
+        output.abort()
+        _say(prog, f"error: {options.output}: {error}")
+        return FAILED
     except BaseException:
         output.abort()
         raise
-    done, skipped = len(todo) - len(failures), len(files) - len(todo)
-    if done:
-        output.close()
-        print(
-            f"{options.output}: {done} of {len(files)} files embedded" + (f", {skipped} there before" * bool(skipped))
-        )
+    there_before = f", {skipped} there before" if skipped else ""
+    if todo:
+        print(f"{options.output}: {done} of {len(files)} files embedded{there_before}")
     else:
-        output.abort()
         print(f"{options.output}: nothing new, {skipped} of {len(files)} files there before")
     for failure in failures:
         _say(prog, f"failed: {failure.reason}")
@@ -111,12 +121,16 @@ def _load(options: argparse.Namespace) -> Embedder:
         options.weights, revision=options.revision, framing=options.framing, precision=options.precision
     )
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return embedder.to(torch.device(device))
+    try:
+        return embedder.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        raise ValueError(f"--device {device}: {error}") from error
 
 
-def _settings(embedder: Embedder, model: str) -> dict[str, str]:
-    """What the numbers in an output depend on."""
+def _settings(embedder: Embedder, model: str, root: Path) -> dict[str, str]:
+    """What the names and numbers in an output depend on."""
     return {
+        "root": str(root),
         "model": model,
         "weights": checkpoint.fingerprint(embedder.encoder),
         "framing": embedder.framing,
@@ -126,7 +140,11 @@ def _settings(embedder: Embedder, model: str) -> dict[str, str]:
 
 def weights_main(arguments: Sequence[str] | None = None) -> int:
     """`hear-weights`: show a checkpoint, or import one of the papers' released code. Returns the exit code."""
-    parser = argparse.ArgumentParser("hear-weights", description="Look at checkpoints and convert released ones.")
+    parser = argparse.ArgumentParser(
+        "hear-weights",
+        description="Look at checkpoints and convert released ones.",
+        epilog="examples: hear-weights show weights/    hear-weights import mae_base.pth mae-base/ --heads 12",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     show = commands.add_parser("show", help="print a checkpoint's configuration, size, parameters and SHA-256")
@@ -165,17 +183,20 @@ def weights_main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(weights: Path) -> None:
     encoder = checkpoint.load_checkpoint(weights)
-    print(f"file        {weights}")
-    print(f"size        {weights.stat().st_size / 1e6:.1f} MB")
-    print(f"SHA-256     {checkpoint.sha256(weights)}")
-    print(f"parameters  {sum(parameter.numel() for parameter in encoder.parameters()):,}")
+    rows = {
+        "file": weights,
+        "size": f"{weights.stat().st_size / 1e6:.1f} MB",
+        "SHA-256": checkpoint.sha256(weights),
+        "parameters": f"{sum(parameter.numel() for parameter in encoder.parameters()):,}",
+    }
     for field, value in config_to_dict(encoder.config).items():
-        for name, inner in value.items() if isinstance(value, dict) else [(field, value)]:
-            print(f"{name:<16}  {inner}")
+        rows.update(value if isinstance(value, dict) else {field: value})
+    for name, value in rows.items():
+        print(f"{name:<16}  {value}")
 
 
 def _say(prog: str, message: str) -> None:
-    print(f"{prog}: {message}", file=sys.stderr)
+    tqdm.write(f"{prog}: {message}", file=sys.stderr)  # above a progress bar, if there is one
 
 
 def _positive(kind: type[float]) -> Callable[[str], float]:

@@ -239,6 +239,8 @@ def read_config(path: str | Path) -> EncoderConfig:
         ValueError: not JSON, or not a configuration (see `config_from_dict`).
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such configuration file: {path}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

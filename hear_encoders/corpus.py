@@ -14,11 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import soundfile
 import torch
 from torch import Tensor
 
-from hear_encoders.audio import audio_extensions, load_audio
+from hear_encoders.audio import audio_extensions, duration_s, load_audio
 from hear_encoders.embedder import Embedder, check_audio
 from hear_encoders.outputs import Output
 
@@ -39,35 +38,46 @@ class Failure:
     reason: str
 
 
-def find_audio(inputs: Sequence[str]) -> list[AudioFile]:
+def find_audio(inputs: Sequence[str]) -> tuple[Path, list[AudioFile]]:
     """Find the audio files that files, folders (recursive) and glob patterns stand for, each once, sorted.
 
-    In folders, files count as audio by their extension; a file given by itself always counts. Names are
-    relative to the folder if there is one input and it is a folder, else to the files' common parent.
+    In folders and for patterns, files count as audio by their extension; a file given by itself always counts.
+
+    Returns:
+        The root and the files below it, whose names are relative to it. The root depends on the inputs alone,
+        not on what is found: the folder itself, a file's folder, the part of a pattern before its wildcards;
+        for several inputs, what these have in common.
 
     Raises:
         FileNotFoundError: an input that is not there, or that stands for no audio file.
     """
     extensions = audio_extensions()
+    roots: list[str] = []
     paths: dict[str, Path] = {}  # by absolute path, so that no file counts twice
     for given in inputs:
-        matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
+        pattern = not os.path.exists(given)
+        matches = [Path(match) for match in glob.glob(given, recursive=True)] if pattern else [Path(given)]
         found: list[Path] = []
-        for match in map(Path, matches):
+        for match in matches:
             if match.is_dir():
-                found += [path for path in match.rglob("*") if path.suffix.lower() in extensions and path.is_file()]
-            else:
+                found += [path for path in match.rglob("*") if _is_audio(path, extensions)]
+            elif not pattern or _is_audio(match, extensions):
                 found.append(match)
         if not found:
-            raise FileNotFoundError(f"no audio files in {given}" if matches else f"no such file or folder: {given}")
+            there = not pattern or glob.has_magic(given)
+            raise FileNotFoundError(f"no audio files in {given}" if there else f"no such file or folder: {given}")
+        root = given if os.path.isdir(given) else os.path.dirname(given)
+        while pattern and glob.has_magic(root):
+            root = os.path.dirname(root)
+        roots.append(os.path.abspath(root))
         paths.update((os.path.abspath(path), path) for path in found)
-    if len(inputs) == 1 and os.path.isdir(inputs[0]):
-        root = os.path.abspath(inputs[0])
-    else:
-        root = os.path.commonpath([os.path.dirname(absolute) for absolute in paths])
-    return [
-        AudioFile(path, Path(os.path.relpath(absolute, root)).as_posix()) for absolute, path in sorted(paths.items())
-    ]
+    root = os.path.commonpath(roots)
+    files = [AudioFile(path, Path(os.path.relpath(absolute, root)).as_posix()) for absolute, path in paths.items()]
+    return Path(root), sorted(files, key=lambda file: file.name)
+
+
+def _is_audio(path: Path, extensions: set[str]) -> bool:
+    return path.suffix.lower() in extensions and path.is_file()
 
 
 def embed_corpus(
@@ -96,7 +106,7 @@ def embed_corpus(
     """
     failures: list[Failure] = []
     with ThreadPoolExecutor(jobs) as pool:
-        lengths = list(pool.map(_duration_s, files))
+        lengths = list(pool.map(duration_s, [file.path for file in files]))
         by_length = sorted(zip(lengths, files), key=lambda pair: (pair[0], pair[1].path))
         decoded = _decode_ahead(pool, by_length, 2 * batch_seconds)
         for batch in _batches(decoded, batch_seconds):
@@ -113,7 +123,7 @@ def embed_corpus(
                 embeddings = embedder.embed_batches([audio for _, audio in good], timestamps) if good else []
             except torch.OutOfMemoryError as error:
                 failures += [
-                    Failure(file.path, f"{file.path}: out of memory in a batch of {len(good)} files ({error})")
+                    Failure(file.path, f"{file.path}: out of memory, {len(good)} files in the batch ({error})")
                     for file, _ in good
                 ]
                 embeddings = []
@@ -122,14 +132,6 @@ def embed_corpus(
                 output.add(str(file.path), file.name, embedding[0].cpu().numpy(), times)
             on_done(len(batch))
     return sorted(failures, key=lambda failure: failure.path)
-
-
-def _duration_s(file: AudioFile) -> float:
-    """Length by the file's header; 0 for one that cannot be read, which decoding will find out."""
-    try:
-        return soundfile.info(str(file.path)).duration
-    except soundfile.LibsndfileError:
-        return 0.0
 
 
 def _decode(file: AudioFile) -> Tensor:

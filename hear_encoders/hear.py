@@ -79,7 +79,7 @@ class HearModule:
         else:
             warnings.warn(
                 f"{self.name} has no bundled weights yet: this {self.default_preset} is untrained, built from seed "
-                f"{UNTRAINED_SEED}. Give load_model a directory, a .safetensors file or a Hub repository.",
+                f"{UNTRAINED_SEED}. Give it weights: a directory, a .safetensors file or a Hub repository.",
                 stacklevel=2,
             )
             return Embedder(build_encoder(preset(self.default_preset), seed=UNTRAINED_SEED), **options).eval()

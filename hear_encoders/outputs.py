@@ -13,18 +13,23 @@ All are written atomically. Arrays per kind of output and of embedding (E: embed
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from hear_encoders.atomic import atomic_write
+from hear_encoders.audio import audio_extensions
 
 SETTINGS_FILE = "hear-embed.json"
-# Suffixes that one expects to be honoured; anything else that does not exist yet is a folder's name.
-_OTHER_FORMATS = {".npy", ".csv", ".tsv", ".json", ".jsonl", ".pt", ".pth", ".h5", ".hdf5", ".pkl", ".safetensors"}
+# Suffixes that one expects to be honoured; any other name is a folder's.
+_OTHER_FORMATS = audio_extensions() | {
+    *(".npy", ".mat", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".pt", ".pth", ".pkl", ".safetensors"),
+    *(".h5", ".hdf5", ".feather", ".arrow", ".zip", ".gz", ".tar"),
+}
 
 
 class Output(Protocol):
@@ -39,8 +44,26 @@ class Output(Protocol):
     def abort(self) -> None: ...
 
 
+def output_kind(path: Path) -> Literal["npz", "parquet", "folder"]:
+    """Tell what an output's name stands for.
+
+    Raises:
+        ValueError: none of the three, or Parquet without pyarrow.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".npz" and not path.is_dir():
+        return "npz"
+    if suffix == ".parquet" and not path.is_dir():
+        if importlib.util.find_spec("pyarrow") is None:
+            raise ValueError("Parquet needs pyarrow: pip install 'hear-audiomaepp[parquet]'")
+        return "parquet"
+    if path.is_file() or (suffix in _OTHER_FORMATS and not path.is_dir()):
+        raise ValueError(f"{path}: expected a name ending in .npz or .parquet, or a folder")
+    return "folder"
+
+
 def open_output(path: Path, timestamps: bool, settings: dict[str, Any]) -> Output:
-    """Open the output that the name stands for.
+    """Open the output that the name stands for (see `output_kind`).
 
     Args:
         path: ends in `.npz` or `.parquet`, or is a folder.
@@ -48,16 +71,13 @@ def open_output(path: Path, timestamps: bool, settings: dict[str, Any]) -> Outpu
         settings: what the embeddings depend on. A folder keeps them, so that no two runs mix in it.
 
     Raises:
-        ValueError: a name that stands for none of the three, a folder that holds embeddings made with other
-            settings, or Parquet without pyarrow.
+        ValueError: as `output_kind`, or a folder that holds embeddings made with other settings.
     """
-    suffix = path.suffix.lower()
-    if suffix in (".npz", ".parquet") and not path.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return NpzOutput(path, timestamps) if suffix == ".npz" else ParquetOutput(path, timestamps)
-    if suffix in _OTHER_FORMATS or path.is_file():
-        raise ValueError(f"{path}: expected a name ending in .npz or .parquet, or a folder")
-    return FolderOutput(path, timestamps, settings)
+    kind = output_kind(path)
+    if kind == "folder":
+        return FolderOutput(path, timestamps, settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return NpzOutput(path, timestamps) if kind == "npz" else ParquetOutput(path, timestamps)
 
 
 class NpzOutput:
@@ -95,11 +115,8 @@ class ParquetOutput:
     """One `.parquet` file, written as embeddings come; rows are in the order of encoding."""
 
     def __init__(self, path: Path, timestamps: bool) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError("Parquet needs pyarrow: pip install 'hear-audiomaepp[parquet]'") from None
+        import pyarrow.parquet
+
         self._arrow = pyarrow
         self._timestamps = timestamps
         self._writer: Any = None
@@ -133,21 +150,22 @@ class FolderOutput:
 
     def __init__(self, path: Path, timestamps: bool, settings: dict[str, Any]) -> None:
         self._folder = path
-        self._timestamps = timestamps
-        record = path / SETTINGS_FILE
-        settings = {**settings, "timestamps": timestamps}
-        if record.exists():
-            earlier = json.loads(record.read_text(encoding="utf-8"))
-            differing = sorted(key for key in settings if earlier.get(key) != settings[key])
-            if differing:
-                key = differing[0]
+        self._record = path / SETTINGS_FILE
+        self._settings = {**settings, "timestamps": timestamps}
+        if not self._record.exists():
+            return
+        try:
+            earlier = json.loads(self._record.read_text(encoding="utf-8"))
+            if not isinstance(earlier, dict):
+                raise ValueError(f"expected a JSON object, got {type(earlier).__name__}")
+        except ValueError as error:
+            raise ValueError(f"{self._record}: damaged ({error}); choose another folder or delete it") from error
+        for key, value in self._settings.items():
+            if earlier.get(key) != value:
                 raise ValueError(
-                    f"{path} holds embeddings made with {key} = {earlier.get(key)!r}, now {settings[key]!r}: "
+                    f"{path} holds embeddings made with {key} = {earlier.get(key)!r}, now {value!r}: "
                     "choose another folder or delete it"
                 )
-        path.mkdir(parents=True, exist_ok=True)
-        with atomic_write(record) as file:
-            file.write((json.dumps(settings, indent=2) + "\n").encode())
 
     def has(self, name: str) -> bool:
         return self._embedding_path(name).exists()  # written last
@@ -155,6 +173,9 @@ class FolderOutput:
     def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None:
         target = self._embedding_path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
+        if not self._record.exists():
+            with atomic_write(self._record) as file:
+                file.write((json.dumps(self._settings, indent=2) + "\n").encode())
         if timestamps_ms is not None:
             with atomic_write(target.with_name(f"{Path(name).name}.timestamps_ms.npy")) as file:
                 np.save(file, timestamps_ms)
