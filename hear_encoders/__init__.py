@@ -2,11 +2,16 @@
 
 Most users want `hear_audiomaepp` or `hear_axlstm`. What those are made of:
 
-    config      what an encoder is: frozen dataclasses, presets, config.json
-    frontend    waveform -> log-mel                     patches      log-mel -> patches and their positions
-    transformer AudioMAE++, MAE and SSAST encoders      mlstm, axlstm    the mLSTM cell, the AxLSTM encoder
-    embedder    framing, batching, embeddings, times    checkpoint, hub  reading and writing weights
-    reference   the released code's framing and files   audio, cli       files of audio, the two commands
+    config                      what an encoder is: frozen dataclasses, presets, config.json
+    frontend, patches           waveform -> log-mel -> patches and their positions
+    transformer                 encoders of AudioMAE++, MAE and SSAST
+    mlstm, axlstm               the mLSTM cell, the AxLSTM encoder
+    encoders                    from a configuration to an encoder
+    embedder                    framing, batching, embeddings, timestamps
+    checkpoint, hub             reading and writing weights: bundled, path, Hugging Face Hub
+    reference                   the papers' released code: its framing, its checkpoints
+    audio, corpus, outputs      audio files in, embeddings out: many files at a time
+    hear, cli                   what the HEAR modules share; the commands hear-embed and hear-weights
 """
 
 from hear_encoders.audio import load_audio

@@ -152,7 +152,7 @@ class TransformerPlusPlusBlock(nn.Module):
         self.swiglu = SwiGLU(config.dim)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        x = x + 0.5 * self.mlp(self.norm1(x))
+        x = torch.add(x, self.mlp(self.norm1(x)), alpha=0.5)
         x = x + self.attention(self.norm2(x), positions)
         norm = self.norm2 if self.norm3 is None else self.norm3
         return x + self.swiglu(norm(x))
@@ -178,10 +178,16 @@ class TransformerEncoder(PatchEncoder):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise as the reference does: xavier-uniform linears, zero biases, cls normal with std 0.02."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
+        initialize_transformer(self)
         nn.init.normal_(self.cls_token, std=0.02)
+
+
+@torch.no_grad()
+def initialize_transformer(module: nn.Module) -> None:
+    """Make all linears of a module xavier-uniform with zero bias, and its norms the identity."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
