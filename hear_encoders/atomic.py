@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the name `path` only once it is complete and on disk.
 
     An error inside the `with` block, or a killed process, leaves what was at `path` before; a killed process
-    may leave `.NAME.PID.tmp` beside it.
+    may leave `.PID-RANDOM.tmp` beside it.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The target's name is not in it: with anything added, a long one would be too long.
+    unfinished = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(unfinished, "wb") as file:
             yield file

@@ -25,7 +25,19 @@ UNREADABLE = (soundfile.LibsndfileError, TypeError, UnicodeEncodeError)
 def audio_extensions() -> set[str]:
     """Lower-case file extensions, with the dot, that the installed libsndfile is likely to read."""
     names = {f".{name.lower()}" for name in soundfile.available_formats()}
-    return (names - {".raw"}) | {".aif", ".aifc", ".oga", ".opus", ".mp3"}
+    return (names - {".raw"}) | {
+        ".aif",
+        ".aifc",
+        ".bwf",
+        ".iff",
+        ".mp1",
+        ".mp2",
+        ".mp3",
+        ".oga",
+        ".opus",
+        ".snd",
+        ".sph",
+    }
 
 
 def load_audio(path: str | os.PathLike[str]) -> Tensor:

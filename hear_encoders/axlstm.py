@@ -144,7 +144,8 @@ class AxLSTMEncoder(PatchEncoder):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the reference does (DESIGN of the papers' code: small normal projections, gates at rest)."""
+        """Initialise as the released code does: small normal projections, gates that begin independent of the input,
+        forgetting slowly (bias 3 to 6) and writing evenly (bias near 0)."""
         config = self.config
         small_std = math.sqrt(2 / (5 * config.dim))
         nn.init.xavier_uniform_(self.patch_projection.weight)

@@ -43,7 +43,7 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
         FileNotFoundError: nothing there.
         ValueError: a file of another kind, or a revision given for a local path.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.exists():
         if revision is not None:
             raise ValueError(f"revision {revision!r} was given, but {path} is a local path, not a Hub repository")
@@ -58,15 +58,19 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
     raise FileNotFoundError(f"{source}: no such file or directory, and not the name of a Hub repository (org/name)")
 
 
-def load_checkpoint(weights: str | os.PathLike[str]) -> Encoder:
-    """Load an encoder from a `.safetensors` file and the `config.json` beside it, as float32 on the CPU.
+def load_checkpoint(path: str | os.PathLike[str]) -> Encoder:
+    """Load an encoder as float32 on the CPU.
+
+    Args:
+        path: a directory with `config.json` and `model.safetensors`, or a `.safetensors` file beside its
+            `config.json`.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: either file is damaged or foreign, or they do not fit each other: a missing, extra or
             misshaped tensor, an unknown or missing field. The message names the file and the field.
     """
-    weights = Path(weights)
+    weights = Path(path) / WEIGHTS_FILE if os.path.isdir(path) else Path(path)
     config = read_config(weights.parent / CONFIG_FILE)
     return encoder_from_tensors(config, read_tensors(weights), str(weights))
 
@@ -78,7 +82,7 @@ def encoder_from_tensors(config: EncoderConfig, tensors: dict[str, Tensor], sour
         source: what to call the tensors' origin in error messages.
 
     Raises:
-        ValueError: a tensor is missing, extra, misshaped, or not of floating point.
+        ValueError: a tensor is missing, extra, misshaped, not of floating point, or not finite.
     """
     with torch.device("meta"):  # no memory and no initialisation for weights that are replaced at once
         encoder = ENCODER_OF_CONFIG[type(config)](config)
@@ -96,6 +100,8 @@ def encoder_from_tensors(config: EncoderConfig, tensors: dict[str, Tensor], sour
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{source}: tensor {name!r} is {tensor.dtype}, expected floating point")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: tensor {name!r} holds NaN or infinity")
     encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return encoder.eval()
 

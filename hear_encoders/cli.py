@@ -17,7 +17,7 @@ from tqdm import tqdm
 from hear_encoders import checkpoint
 from hear_encoders.config import InputGate, config_to_dict
 from hear_encoders.corpus import AudioFile, embed_corpus, find_audio
-from hear_encoders.embedder import Embedder, Framing, Precision, resolve_precision
+from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Precision, resolve_precision
 from hear_encoders.outputs import Output, open_output, output_kind
 from hear_encoders.reference import import_checkpoint
 
@@ -44,7 +44,9 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder (recursive) or glob pattern")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help=".npz, .parquet or a folder")
+    parser.add_argument(
+        "-o", "--output", required=True, type=_output_path, metavar="OUT", help=".npz, .parquet or a folder"
+    )
     parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
     parser.add_argument("--weights", default="", help="directory, .safetensors or Hub org/name; default: bundled")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
@@ -57,19 +59,24 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
         type=_positive(float),
         default=120.0,
         metavar="N",
-        help="audio encoded together; default: 120",
+        help="audio decoded and grouped at a time; default: 120",
     )
     parser.add_argument(
-        "--jobs", type=_positive(int), default=min(8, os.cpu_count() or 1), metavar="N", help="decoding threads"
+        "--jobs",
+        type=_positive(int),
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="decoding threads; default: %(default)s",
     )
     options = parser.parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_args, **_kwargs: _say(parser.prog, f"warning: {message}")
         try:
-            output_kind(options.output)
+            kind = output_kind(options.output)
             root, files = find_audio(options.inputs)
             embedder = _load(options)
-            output = open_output(options.output, options.timestamps, _settings(embedder, options.model, root))
+            settings = _settings(embedder, options.model, root) if kind == "folder" else {}
+            output = open_output(options.output, options.timestamps, settings)
         except (OSError, ValueError) as error:
             _say(parser.prog, f"error: {error}")
             return BAD_USAGE
@@ -117,10 +124,16 @@ def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output
 
 
 def _load(options: argparse.Namespace) -> Embedder:
-    embedder = importlib.import_module(options.model).load_model(
-        options.weights, revision=options.revision, framing=options.framing, precision=options.precision
-    )
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # A CPU likes few chunks at a time, which stay in its cache; a GPU likes as many as there are.
+    chunks = max(1, int(options.batch_seconds / 2)) if device.startswith("cuda") else DEFAULT_MAX_CHUNKS
+    embedder = importlib.import_module(options.model).load_model(
+        options.weights,
+        revision=options.revision,
+        framing=options.framing,
+        precision=options.precision,
+        max_chunks=chunks,
+    )
     try:
         return embedder.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
@@ -197,6 +210,13 @@ def _show(weights: Path) -> None:
 
 def _say(prog: str, message: str) -> None:
     tqdm.write(f"{prog}: {message}", file=sys.stderr)  # above a progress bar, if there is one
+
+
+def _output_path(text: str) -> Path:
+    """An argparse type: a path that is not empty, as an unset variable of the shell would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
 
 
 def _positive(kind: type[float]) -> Callable[[str], float]:

@@ -99,7 +99,8 @@ class TransformerConfig:
         heads: attention heads; must divide `dim`.
         rope: rotary position embedding (AudioMAE++ section 2.1). "none", the papers' default; "patch" rotates
             by each patch's true row and step in the chunk; "sequence" rotates by the place in the sequence
-            the block sees, as the released code does.
+            the block sees, as the released code does. Either comes on top of the fixed position table, as it
+            does in the released code (the paper's text has it instead of the table).
         swiglu_norm: "own": SwiGLU has a LayerNorm of its own (equation 3). "attention": it shares the one of
             the attention, as the released code does. Only "audiomaepp" has the choice.
         patches: the patch grid.
@@ -224,7 +225,7 @@ def config_from_dict(values: Any, source: str = "config") -> EncoderConfig:
         ValueError: not an object, an unknown family, a missing or unknown field, or a value out of range.
     """
     family = values.get("family") if isinstance(values, dict) else None
-    if family not in CONFIG_OF_FAMILY:
+    if not isinstance(family, str) or family not in CONFIG_OF_FAMILY:
         raise ValueError(
             f"{source}: field 'family' must be one of {', '.join(sorted(CONFIG_OF_FAMILY))}; got {family!r}"
         )
@@ -243,7 +244,7 @@ def read_config(path: str | Path) -> EncoderConfig:
         raise FileNotFoundError(f"no such configuration file: {path}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     return config_from_dict(values, str(path))
 

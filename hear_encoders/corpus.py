@@ -6,6 +6,7 @@ last, shorter chunks share forward passes as their full ones do.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from collections import deque
@@ -14,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hear_encoders.audio import audio_extensions, duration_s, load_audio
@@ -118,18 +118,23 @@ def embed_corpus(
                 elif isinstance(error, (OSError, ValueError)):
                     failures.append(Failure(file.path, str(error)))
                 else:
-                    raise error
+                    failures.append(Failure(file.path, f"{file.path}: {type(error).__name__}: {error}"))
             try:
                 embeddings = embedder.embed_batches([audio for _, audio in good], timestamps) if good else []
-            except torch.OutOfMemoryError as error:
+            except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
                 failures += [
-                    Failure(file.path, f"{file.path}: out of memory, {len(good)} files in the batch ({error})")
+                    Failure(file.path, f"{file.path}: {type(error).__name__} in a batch of {len(good)} files: {error}")
                     for file, _ in good
                 ]
                 embeddings = []
             for (file, audio), embedding in zip(good, embeddings):
                 times = embedder.timestamps_ms(audio.shape[1]).numpy() if timestamps else None
-                output.add(str(file.path), file.name, embedding[0].cpu().numpy(), times)
+                try:
+                    output.add(str(file.path), file.name, embedding[0].cpu().numpy(), times)
+                except OSError as error:
+                    if error.errno != errno.ENAMETOOLONG:
+                        raise
+                    failures.append(Failure(file.path, f"{file.path}: its name is too long for the output"))
             on_done(len(batch))
     return sorted(failures, key=lambda failure: failure.path)
 

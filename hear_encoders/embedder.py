@@ -11,7 +11,6 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from hear_encoders import reference
 from hear_encoders.encoders import Encoder
-from hear_encoders.frontend import HOP, HOP_MS, SAMPLE_RATE, LogMel, clip_statistics, normalize
+from hear_encoders.frontend import BANDS, HOP, HOP_MS, SAMPLE_RATE, LogMel, clip_statistics, normalize
 
 Framing = Literal["exact", "reference"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -42,9 +41,10 @@ class Embedder(nn.Module):
     Args:
         encoder: from `build_encoder` or a checkpoint.
         framing: "exact": step i covers frames 4i..4i+3 and stands at their centre, 40 i + 15 ms; steps lie
-            within the clip and no padding enters the encoder. "reference": the released code's framing, with
-            its zero-padded chunks, its regrouping of tokens and its drifting timestamps; needed to reproduce
-            published numbers with published checkpoints.
+            within the clip and no padding enters the encoder. Frames are centred, so the STFT window of a chunk's
+            last frames reaches up to 12.5 ms further, and at a clip's end meets its reflection.
+            "reference": the released code's framing, with its zero-padded chunks, its regrouping of tokens and its
+            drifting timestamps; needed to reproduce published numbers with published checkpoints.
         precision: what the encoder's matmuls run in. "auto" is float32 on the CPU and on MPS, bfloat16 on a
             CUDA device that has it, else float16. Results are float32 always.
         max_chunks: chunks of 2 s per forward pass; bounds memory, does not change the result.
@@ -82,6 +82,8 @@ class Embedder(nn.Module):
         self.statistics = None if statistics is None else _check_statistics(statistics)
         self.log_mel = LogMel()
         patches = encoder.config.patches
+        if patches.bands != BANDS:
+            raise ValueError(f"the encoder takes {patches.bands} bands, the front end makes {BANDS}")
         self.scene_embedding_size = self.timestamp_embedding_size = patches.rows * encoder.config.dim
         self.step_ms = HOP_MS * patches.patch_frames
         self.first_step_ms = HOP_MS * (patches.patch_frames - 1) / 2  # centre of the first column's frames
@@ -149,14 +151,14 @@ class Embedder(nn.Module):
             For each batch its scene embeddings (B, E), or timestamp embeddings (B, T, E), float32 on the
             model's device.
         """
-        with torch.inference_mode():
+        self._check_weights()
+        # Not inference mode: autocast would cast all weights again at each pass, and results could not be trained on.
+        with torch.no_grad():
             chunks_of_batch = [self._chunks(batch.to(self.device)) for batch in batches]
-        chunks = [chunk for batch in chunks_of_batch for chunk in batch]
-        # The results are made outside inference mode, so that they may be used in training.
-        rows = sum(chunk.steps for chunk in chunks) if per_step else len(chunks)
-        result = torch.empty(rows, self.scene_embedding_size, device=self.device)
-        offsets = torch.tensor([0] + [chunk.steps for chunk in chunks]).cumsum(0)[:-1].to(self.device)
-        with torch.inference_mode():
+            chunks = [chunk for batch in chunks_of_batch for chunk in batch]
+            rows = sum(chunk.steps for chunk in chunks) if per_step else len(chunks)
+            result = torch.empty(rows, self.scene_embedding_size, dtype=torch.float32, device=self.device)
+            offsets = torch.tensor([0] + [chunk.steps for chunk in chunks]).cumsum(0)[:-1].to(self.device)
             for indices, embeddings in self._encode(chunks):
                 if per_step:
                     step = torch.arange(embeddings.shape[1], device=self.device)
@@ -195,20 +197,22 @@ class Embedder(nn.Module):
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, chunk in enumerate(chunks):
             alike[chunk.frames.shape[0], chunk.steps].append(index)
-        for (_, steps), indices in alike.items():
-            for first in range(0, len(indices), self.max_chunks):
-                batch = indices[first : first + self.max_chunks]
-                with self._autocast():
-                    tokens = self.encoder(torch.stack([chunks[index].frames for index in batch]))  # (chunks, N, D)
-                if self.framing == "reference":
-                    embeddings = reference.regroup_tokens(tokens, patches)
-                else:
-                    embeddings = tokens.unflatten(1, (-1, patches.rows)).flatten(2)  # time-major: (chunks, T, E)
-                yield batch, embeddings[:, :steps].float()
-
-    def _autocast(self) -> AbstractContextManager:
         dtype = resolve_precision(self.precision, self.device)
-        return nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype=dtype)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            for (_, steps), indices in alike.items():
+                for first in range(0, len(indices), self.max_chunks):
+                    batch = indices[first : first + self.max_chunks]
+                    tokens = self.encoder(torch.stack([chunks[index].frames for index in batch]))  # (chunks, N, D)
+                    if self.framing == "reference":
+                        embeddings = reference.regroup_tokens(tokens, patches)
+                    else:
+                        embeddings = tokens.unflatten(1, (-1, patches.rows)).flatten(2)  # time-major: (chunks, T, E)
+                    yield batch, embeddings[:, :steps].float()
+
+    def _check_weights(self) -> None:
+        dtype = self.encoder.cls_token.dtype
+        if not dtype == self.log_mel.mel.dtype == torch.float32:
+            raise ValueError(f"the model's weights are {dtype}: keep them float32, and choose half with precision=...")
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
@@ -217,7 +221,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
         return getattr(torch, precision)
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    with torch.cuda.device(device):  # the question is about the current device
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
@@ -264,10 +269,11 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_statistics(statistics: Sequence[float]) -> tuple[float, float]:
-    try:
-        mean, std = (float(value) for value in statistics)
-    except (TypeError, ValueError):
-        raise ValueError(f"statistics must be a mean and a standard deviation, got {statistics!r}") from None
-    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-        raise ValueError(f"statistics must be a finite mean and a positive standard deviation, got {statistics!r}")
-    return mean, std
+    if not (
+        isinstance(statistics, (list, tuple))
+        and len(statistics) == 2
+        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in statistics)
+        and statistics[1] > 0
+    ):
+        raise ValueError(f"statistics must be [mean, standard deviation], finite and above 0, got {statistics!r}")
+    return float(statistics[0]), float(statistics[1])

@@ -38,7 +38,7 @@ class LogMel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("window", torch.hann_window(WINDOW, device="cpu"), persistent=False)
+        self.register_buffer("window", torch.hann_window(WINDOW, dtype=torch.float32, device="cpu"), persistent=False)
         self.register_buffer("mel", mel_matrix(), persistent=False)
 
     def forward(self, audio: Tensor) -> Tensor:
@@ -58,9 +58,10 @@ class LogMel(nn.Module):
         logmel = audio.new_empty(batch, frames, BANDS)
         # Slices are shortened for a batch, so that memory is bounded by the batch's total length.
         slice_frames = max(1, FRAMES_PER_SLICE // batch)
-        for first in range(0, frames, slice_frames):
-            last = min(first + slice_frames, frames)
-            logmel[:, first:last] = self._slice(audio, first, last)
+        with torch.autocast(audio.device.type, enabled=False):  # whatever the caller has switched on
+            for first in range(0, frames, slice_frames):
+                last = min(first + slice_frames, frames)
+                logmel[:, first:last] = self._slice(audio, first, last)
         return logmel
 
     def _slice(self, audio: Tensor, first: int, last: int) -> Tensor:
@@ -82,9 +83,9 @@ def mel_matrix() -> Tensor:
     """Return the (201, 80) float32 matrix of triangular HTK mel filters with peaks of 1."""
     # In float32 throughout: where a bin only just touches a narrow low filter, the rounding of the corners
     # is visible in the log-mel (2e-4), and the papers' checkpoints were trained with float32 corners.
-    bins_hz = torch.linspace(0, SAMPLE_RATE // 2, WINDOW // 2 + 1, device="cpu")
+    bins_hz = torch.linspace(0, SAMPLE_RATE // 2, WINDOW // 2 + 1, dtype=torch.float32, device="cpu")
     lowest_mel, highest_mel = (2595.0 * math.log10(1.0 + hz / 700.0) for hz in (LOWEST_HZ, HIGHEST_HZ))
-    corners_mel = torch.linspace(lowest_mel, highest_mel, BANDS + 2, device="cpu")
+    corners_mel = torch.linspace(lowest_mel, highest_mel, BANDS + 2, dtype=torch.float32, device="cpu")
     corners_hz = 700.0 * (10.0 ** (corners_mel / 2595.0) - 1.0)
     widths_hz = corners_hz.diff()
     distances_hz = corners_hz - bins_hz[:, None]  # (201, 82)

@@ -25,6 +25,8 @@ from hear_encoders.atomic import atomic_write
 from hear_encoders.audio import audio_extensions
 
 SETTINGS_FILE = "hear-embed.json"
+PARQUET_ROWS = 1024  # in a row group, at least
+
 # Suffixes that one expects to be honoured; any other name is a folder's.
 _OTHER_FORMATS = audio_extensions() | {
     *(".npy", ".mat", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".pt", ".pth", ".pkl", ".safetensors"),
@@ -84,9 +86,10 @@ class NpzOutput:
     """One `.npz` file, written at the end."""
 
     def __init__(self, path: Path, timestamps: bool) -> None:
-        self._path = path
         self._timestamps = timestamps
         self._rows: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(atomic_write(path))  # now, to find out now if it cannot be written
 
     def has(self, name: str) -> bool:
         return False
@@ -104,11 +107,11 @@ class NpzOutput:
             arrays["embeddings"] = np.concatenate(embeddings)
         else:
             arrays["embeddings"] = np.stack([self._rows[path][0] for path in paths])
-        with atomic_write(self._path) as file:
-            np.savez(file, **arrays)
+        np.savez(self._file, **arrays)
+        self._stack.close()
 
     def abort(self) -> None:
-        self._rows.clear()
+        _abandon(self._stack)
 
 
 class ParquetOutput:
@@ -119,6 +122,7 @@ class ParquetOutput:
 
         self._arrow = pyarrow
         self._timestamps = timestamps
+        self._pending: list[Any] = []  # tables
         self._writer: Any = None
         self._stack = ExitStack()
         self._file = self._stack.enter_context(atomic_write(path))
@@ -132,17 +136,33 @@ class ParquetOutput:
         if self._timestamps:
             columns["timestamp_ms"] = self._arrow.array(timestamps_ms)
         columns["embedding"] = self._arrow.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
-        table = self._arrow.table(columns)
-        if self._writer is None:
-            self._writer = self._stack.enter_context(self._arrow.parquet.ParquetWriter(self._file, table.schema))
-        self._writer.write_table(table)
+        self._pending.append(self._arrow.table(columns))
+        if sum(table.num_rows for table in self._pending) >= PARQUET_ROWS:
+            self._flush()
 
     def close(self) -> None:
+        self._flush()
         self._stack.close()
 
     def abort(self) -> None:
-        abandoned = KeyboardInterrupt()  # any exception makes the atomic file go away
-        self._stack.__exit__(type(abandoned), abandoned, None)
+        _abandon(self._stack)
+
+    def _flush(self) -> None:
+        """Write what is pending as one row group; a row group for each file would be slow to read."""
+        if not self._pending:
+            return
+        table = self._arrow.concat_tables(self._pending)
+        self._pending.clear()
+        if self._writer is None:
+            writer = self._arrow.parquet.ParquetWriter(self._file, table.schema, use_dictionary=["path"])
+            self._writer = self._stack.enter_context(writer)
+        self._writer.write_table(table)
+
+
+def _abandon(stack: ExitStack) -> None:
+    """Leave the contexts as after an error, which makes an atomic file go away."""
+    abandoned = KeyboardInterrupt()
+    stack.__exit__(type(abandoned), abandoned, None)
 
 
 class FolderOutput:

@@ -122,7 +122,7 @@ def import_checkpoint(
         FileNotFoundError: no such file.
         ValueError: not such a checkpoint, a tensor missing or unknown, or heads missing or impossible.
     """
-    state = _read_state(Path(path))
+    state = read_released_tensors(Path(path))
     family = next((family for name, family in _FAMILY_OF_TENSOR.items() if name in state), None)
     if family is None:
         raise ValueError(
@@ -137,7 +137,7 @@ def import_checkpoint(
     try:
         positions = released.pop("pos_embed")
         config = _read_config(family, released, positions, heads, flip, input_gate)
-        tensors = {_translate_name(name): _translate(name, tensor) for name, tensor in released.items()}
+        tensors = {translate_name(name): _translate(name, tensor) for name, tensor in released.items()}
     except (KeyError, ValueError) as error:
         problem = f"missing tensor {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: {problem}") from error
@@ -157,7 +157,7 @@ class _Inert:
         pass
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_released_tensors(path: Path) -> dict[str, Tensor]:
     """The model's tensors out of a released checkpoint, by way of torch's restricted unpickler."""
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
@@ -224,7 +224,7 @@ def _read_config(
     )
 
 
-def _translate_name(name: str) -> str:
+def translate_name(name: str) -> str:
     """A released tensor's name under this package, `encoder.` already removed."""
     if name == "cls_token":
         return name

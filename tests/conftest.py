@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+# `training` is not installed: it is taken from the checkout, after everything that is.
+sys.path.append(str(Path(__file__).parents[1]))
 
 from hear_encoders import AxLSTMConfig, Embedder, TransformerConfig, build_encoder
 

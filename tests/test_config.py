@@ -93,6 +93,7 @@ def broken(**changes):
             broken(family="lstm"),
             "config.json: field 'family' must be one of audiomaepp, axlstm, mae, ssast; got 'lstm'",
         ),
+        (broken(family=["mae"]), r"config.json: field 'family' must be one of .*; got \['mae'\]"),
         (broken(family=...), "config.json: field 'family' must be one of .*; got None"),
         (broken(dim="192"), "config.json: AxLSTMConfig.dim must be int, got '192'"),
         (broken(dim=192.0), "config.json: AxLSTMConfig.dim must be int, got 192.0"),

@@ -86,42 +86,51 @@ def test_batched_equals_single(small_encoder, noise, given):
         torch.testing.assert_close(embedder.scene_embeddings(clip)[0], embedding.mean(0), rtol=1e-4, atol=1e-4)
 
 
-def test_a_clip_equals_itself_with_samples_appended_up_to_the_last_complete_chunk(small_encoder, noise):
+@pytest.mark.parametrize(("samples", "complete"), [(70000, 2), (64041, 2), (64000, 1), (32041, 1)])
+def test_a_clip_equals_itself_with_samples_appended_up_to_the_last_complete_chunk(
+    small_encoder, noise, samples, complete
+):
+    """A chunk is complete where the window of its last frame, 40 samples past the chunk, lies within the clip."""
     embedder = Embedder(small_encoder, statistics=STATISTICS)
-    clip, longer = noise(1, 70000), torch.cat([noise(1, 70000), noise(1, 41234, seed=1)], dim=1)
-    short, _ = embedder.timestamp_embeddings(clip)
+    longer = torch.cat([noise(1, samples), noise(1, 41234, seed=1)], dim=1)
+    short, _ = embedder.timestamp_embeddings(longer[:, :samples])
     long, _ = embedder.timestamp_embeddings(longer)
-    torch.testing.assert_close(long[:, :100], short[:, :100], rtol=1e-4, atol=1e-5)  # two complete chunks of 2 s
-    assert (long[:, 100 : short.shape[1]] - short[:, 100:]).abs().max() > 1e-3
+    steps = 50 * complete
+    torch.testing.assert_close(long[:, :steps], short[:, :steps], rtol=1e-4, atol=1e-5)
+    if short.shape[1] > steps:
+        assert (long[:, steps : short.shape[1]] - short[:, steps:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("max_chunks", [1, 2, 3, 7, 1000])
-def test_max_chunks_does_not_change_the_result(small_encoder, noise, max_chunks):
-    audio = noise(3, 100_000)
-    expected, _ = Embedder(small_encoder).timestamp_embeddings(audio)
-    embedder = Embedder(small_encoder, max_chunks=max_chunks)
-    torch.testing.assert_close(embedder.timestamp_embeddings(audio)[0], expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(embedder.scene_embeddings(audio), expected.mean(1), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_callers_autocast_does_not_leak_in(small_encoder, noise, dtype):
+    audio = 100 * noise(1, 20000)
+    embedder = Embedder(small_encoder, precision="float32")
+    with pytest.warns(UserWarning, match="peaks at"):
+        expected = embedder.scene_embeddings(audio)
+        with torch.autocast("cpu", dtype=dtype):
+            torch.testing.assert_close(embedder.scene_embeddings(audio), expected)
 
 
-@pytest.mark.parametrize("framing", ["exact", "reference"])
-def test_clips_of_different_lengths_embed_together_as_they_do_alone(small_embedder, noise, framing):
-    embedder = small_embedder("axlstm", framing=framing, max_chunks=4)
-    clips = [noise(1, samples, seed=samples) for samples in (70001, 1, 32000, 31999, 70001, 8000)]
-    for per_step in (False, True):
-        together = embedder.embed_batches(clips, per_step)
-        for clip, embedding in zip(clips, together):
-            alone = embedder.timestamp_embeddings(clip)[0] if per_step else embedder.scene_embeddings(clip)
-            torch.testing.assert_close(embedding, alone, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
+def test_weights_of_another_dtype_are_refused_with_a_hint(small_embedder, noise, convert):
+    with pytest.raises(ValueError, match=r"keep them float32, and choose half with precision="):
+        convert(small_embedder()).scene_embeddings(noise(1, 4000))
 
 
-def test_the_last_frame_is_repeated_where_the_last_step_lacks_frames(small_embedder):
-    embedder = small_embedder(statistics=STATISTICS)
-    chunks = embedder._chunks(torch.rand(1, 880))  # 6 frames; two steps need 8
-    assert len(chunks) == 1 and chunks[0].frames.shape == (8, 80) and chunks[0].steps == 2
-    assert torch.equal(chunks[0].frames[6], chunks[0].frames[5]) and torch.equal(
-        chunks[0].frames[7], chunks[0].frames[5]
-    )
+def test_an_encoder_of_other_bands_is_refused():
+    encoder = build_encoder(TransformerConfig("mae", dim=48, depth=1, heads=3, patches=PatchConfig(bands=64)), seed=0)
+    with pytest.raises(ValueError, match="the encoder takes 64 bands, the front end makes 80"):
+        Embedder(encoder)
+
+
+def test_another_default_dtype_of_torch_changes_nothing(small_embedder, noise):
+    embedder, audio = small_embedder(), noise(1, 20000)
+    expected = embedder.scene_embeddings(audio)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(embedder.scene_embeddings(audio), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_no_padding_enters_the_encoder(small_embedder, noise):
@@ -195,9 +204,10 @@ def test_auto_precision_is_float32_on_the_cpu():
         ({"precision": "int8"}, "precision must be one of 'auto', 'float32', 'bfloat16', 'float16'; got 'int8'"),
         ({"max_chunks": 0}, "max_chunks must be an integer of at least 1, got 0"),
         ({"max_chunks": 2.5}, "max_chunks must be an integer of at least 1, got 2.5"),
-        ({"statistics": [1.0]}, "statistics must be a mean and a standard deviation"),
-        ({"statistics": [0.0, 0.0]}, "positive standard deviation"),
-        ({"statistics": [float("nan"), 1.0]}, "finite mean"),
+        ({"statistics": [1.0]}, r"statistics must be \[mean, standard deviation\], .* got \[1.0\]"),
+        ({"statistics": [0.0, 0.0]}, r"finite and above 0, got \[0.0, 0.0\]"),
+        ({"statistics": [float("nan"), 1.0]}, r"finite and above 0, got \[nan, 1.0\]"),
+        ({"statistics": "12"}, "finite and above 0, got '12'"),
     ],
 )
 def test_impossible_options_are_refused(small_embedder, options, message):
