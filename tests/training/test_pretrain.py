@@ -1,0 +1,235 @@
+"""Training: it resumes bit for bit, it shares a batch among processes, it stops when it must."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+
+import hear_audiomaepp
+import hear_axlstm
+from training import checkpoints, export, prepare, pretrain
+from training.config import load_run_config
+from training.data import Crops, RowBatches, crop_loader
+from training.shards import ShardIndex
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "training" / "configs"
+FAMILIES = ["audiomaepp", "mae", "axlstm", "ssast"]
+SMALL = ["encoder.dim=48", "encoder.depth=1", "batch_size=8", "max_steps=12", "warmup_steps=2", "workers=0"]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Shards of eight short recordings: tones that glide, each in its own way."""
+    folder = tmp_path_factory.mktemp("recordings")
+    for number in range(8):
+        seconds = np.arange(4 * 16000) / 16000
+        tone = np.sin(2 * np.pi * (200 + 150 * number) * seconds * (1 + 0.1 * number * seconds))
+        soundfile.write(folder / f"{number}.wav", 0.3 * tone, 16000)
+    output = tmp_path_factory.mktemp("shards") / "out"
+    assert prepare.main([str(folder), str(output), "--jobs", "1"]) == 0
+    return output
+
+
+def small(family):
+    overrides = list(SMALL)
+    if family != "axlstm":
+        overrides.append("encoder.heads=3")
+    if family in ("audiomaepp", "mae"):
+        overrides += ["decoder.dim=32", "decoder.depth=1", "decoder.heads=4"]
+    return overrides
+
+
+def command(family, shards, out, *overrides):
+    return [
+        *("-m", "training.pretrain", "--config", str(CONFIGS / f"{family}_tiny.yaml")),
+        *("--data", str(shards), "--out", str(out), "--device", "cpu", *small(family), *overrides),
+    ]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])}
+
+
+def train(family, shards, out, *overrides, launcher=(sys.executable,)):
+    result = subprocess.run(
+        [*launcher, *command(family, shards, out, *overrides)], env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return load_file(checkpoints.latest(out) / "model.safetensors")
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(shards, tmp_path):
+    overrides = ["max_steps=60", "save_every=2", "encoder.dim=96"]  # saves often, so that some kills hit a save
+    expected = train("audiomaepp", shards, tmp_path / "whole", *overrides)
+    chance = random.Random(0)
+    kills = 0
+    while kills < 20:
+        process = subprocess.Popen(
+            [sys.executable, *command("audiomaepp", shards, tmp_path / "killed", *overrides)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if process.stdout.readline():  # training has begun, or goes on: "resumed from ..." or a first line
+            time.sleep(chance.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        kills += 1
+        assert all((path / "state.pt").exists() for path in (tmp_path / "killed").glob("checkpoint-*"))
+    assert_same_bits(train("audiomaepp", shards, tmp_path / "killed", *overrides), expected)
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(family, shards, tmp_path):
+    def trainer(out, *overrides):
+        config = load_run_config(CONFIGS / f"{family}_tiny.yaml", [*small(family), *overrides])
+        return pretrain.Trainer(config, ShardIndex.open(shards), out, pretrain.Place(0, 1, torch.device("cpu")))
+
+    whole = trainer(tmp_path / "whole")
+    assert whole.fit()
+    first = trainer(tmp_path / "parts", "max_hours=1e-9")
+    assert not first.fit() and first.step == 1
+    second = trainer(tmp_path / "parts")
+    assert second.step == 1 and second.fit()
+    assert_same_bits(second.model.state_dict(), whole.model.state_dict())
+
+
+def test_two_processes_match_one_on_the_same_global_batch(shards, tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    one = train("axlstm", shards, tmp_path / "one")
+    two = train("axlstm", shards, tmp_path / "two", "save_every=5", launcher=launcher)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+
+
+def test_accumulated_parts_match_the_whole_batch(shards, tmp_path):
+    one, parts = train("mae", shards, tmp_path / "one"), train("mae", shards, tmp_path / "parts", "accumulate=4")
+    for name in one:
+        torch.testing.assert_close(parts[name], one[name], rtol=0, atol=1e-5)
+
+
+def test_sigterm_saves_and_exits_cleanly(shards, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, *command("ssast", shards, tmp_path, "max_steps=100000", "log_every=1")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().startswith("step 1 of 100000")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped and saved at step" in output
+    step = int(output.rsplit("step ", 1)[1])
+    assert checkpoints.steps_saved(tmp_path) == [step]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_state_before_it_saved(shards, tmp_path, monkeypatch, capsys):
+    step = pretrain.Trainer.train_step
+
+    def poisoned(self, parts):
+        return step(self, [part * float("nan") for part in parts] if self.step == 5 else parts)
+
+    monkeypatch.setattr(pretrain.Trainer, "train_step", poisoned)
+    assert pretrain.main(command("axlstm", shards, tmp_path)[2:]) == pretrain.NOT_FINITE
+    assert "the loss of step 5 is nan" in capsys.readouterr().err
+    assert checkpoints.steps_saved(tmp_path) == [5]
+    assert all(
+        tensor.isfinite().all() for tensor in load_file(checkpoints.latest(tmp_path) / "model.safetensors").values()
+    )
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains(precision, shards, tmp_path):
+    weights = train("axlstm", shards, tmp_path, f"precision={precision}")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_checkpoints_are_kept_as_asked(shards, tmp_path):
+    train("mae", shards, tmp_path, "save_every=1", "keep_last=2", "milestone_every=5")
+    assert checkpoints.steps_saved(tmp_path) == [5, 10, 11, 12]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_refuses_to_go_on_with_another_configuration(shards, tmp_path, capsys):
+    train("mae", shards, tmp_path)
+    assert pretrain.main(command("mae", shards, tmp_path, "base_lr=1")[2:]) == 2
+    assert "was begun with base_lr = 0.00015, now 1.0" in capsys.readouterr().err
+    assert pretrain.main(command("mae", shards, tmp_path, "log_every=3")[2:]) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_run_gives_the_features_of_the_trained_encoder(family, shards, tmp_path, capsys):
+    weights = train(family, shards, tmp_path / "run")
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    module = hear_audiomaepp if family in ("audiomaepp", "mae") else hear_axlstm
+    embedder = module.load_model(tmp_path / "out")
+    model = pretrain.build_model(load_run_config(CONFIGS / f"{family}_tiny.yaml", small(family)))
+    model.load_state_dict(weights)
+    logmel = torch.randn(2, 200, 80)
+    with torch.no_grad():
+        assert torch.equal(embedder.encoder(logmel), model.eval().encoder(logmel))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Steps: 12, of 8 crops" in card and '"max_steps": 12' in card
+
+
+def test_exporting_what_is_no_run_is_an_error(tmp_path, capsys):
+    assert export.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "is not a run" in capsys.readouterr().err
+
+
+def test_every_record_comes_once_an_epoch_in_an_order_of_its_own(shards):
+    crops = Crops(ShardIndex.open(shards), 200, 2, "record", seed=3)
+    epochs = [[crops.record_at(place) for place in range(8 * epoch, 8 * epoch + 8)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_rows_do_not_depend_on_processes_workers_or_where_reading_begins(shards):
+    crops = Crops(ShardIndex.open(shards), 200, 2, "record", seed=3)
+    expected = torch.stack([crops[row] for row in range(3 * 8)])
+    halves = [list(RowBatches(8, 2, rank, 2, first_step=0, steps=3)) for rank in (0, 1)]
+    rows = [row for step in range(3) for half in halves for part in half[2 * step : 2 * step + 2] for row in part]
+    assert rows == list(range(24))
+    batches = RowBatches(8, 1, 0, 1, first_step=1, steps=3)
+    read = torch.cat(list(crop_loader(crops, batches, workers=2, pin_memory=False)))
+    assert torch.equal(read, expected[8:])
+
+
+def test_crops_are_normalized_over_the_record_or_the_crop(shards):
+    index = ShardIndex.open(shards)
+    by_crop = Crops(index, 200, 1, "crop", seed=0)[0]
+    assert by_crop.mean().item() == pytest.approx(0, abs=1e-4) and by_crop.std().item() == pytest.approx(1, abs=1e-3)
+    whole = Crops(index, 401, 1, "record", seed=0)[0]
+    assert whole.mean().item() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_record_shorter_than_a_crop_is_repeated(shards):
+    crop = Crops(ShardIndex.open(shards), 500, 1, "record", seed=0)[0]
+    assert crop.shape == (500, 80)
+    assert torch.equal(crop[:99], crop[401:])  # the record has 401 frames
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="batch_size = 10 must be divisible by accumulate x processes = 2 x 2"):
+        RowBatches(10, 2, 0, 2, 0, 1)

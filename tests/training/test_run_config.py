@@ -1,0 +1,147 @@
+"""Configurations of runs: every system of both papers, inheritance, overrides, mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from hear_encoders import PRESETS
+from training.config import RunConfig, learning_rate_factor, load_run_config, run_config_from_dict
+from training.pretrain import build_model, parameter_groups
+
+CONFIGS = Path(__file__).parents[2] / "training" / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_complete_and_survives_json(name):
+    config = load_run_config(CONFIGS / f"{name}.yaml")
+    assert run_config_from_dict(json.loads(json.dumps(dataclasses.asdict(config))), name) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_config_with_the_papers_pretraining(name):
+    config = load_run_config(CONFIGS / f"{name}.yaml")
+    assert config.encoder == PRESETS[name]
+    autoencoder = config.encoder.family in ("audiomaepp", "mae")
+    assert config.mask_ratio == (0.8 if autoencoder else 0.5)
+    if autoencoder:
+        decoder = config.decoder_blocks()
+        assert (decoder.dim, decoder.depth, decoder.heads) == (512 if name.endswith("large") else 384, 4, 8)
+        assert decoder.family == config.encoder.family and decoder.rope == "none"
+    assert (config.batch_size, config.epochs, config.warmup_epochs) == (1024, 100, 10)
+    assert config.learning_rate == pytest.approx(6e-4) and config.weight_decay == 0.05
+    assert (config.beta1, config.beta2) == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("axlstm_tiny_e2_flip", {"expansion": 2, "flip": True}),
+        ("axlstm_tiny_e3_flip", {"flip": True}),
+        ("axlstm_tiny_e4_flip", {"expansion": 4, "flip": True}),
+        ("axlstm_tiny_e2", {"expansion": 2}),
+        ("axlstm_tiny_e2_flip_sigmoid", {"expansion": 2, "flip": True, "input_gate": "sigmoid"}),
+        ("axlstm_tiny_e3_sigmoid", {"input_gate": "sigmoid"}),
+    ],
+)
+def test_ablations_differ_from_the_model_in_what_they_ablate(name, changes):
+    assert load_run_config(CONFIGS / f"{name}.yaml").encoder == dataclasses.replace(PRESETS["axlstm_tiny"], **changes)
+
+
+def test_ablations_of_patches_rope_and_decoder():
+    def config(name):
+        return load_run_config(CONFIGS / f"{name}.yaml")
+
+    for family in ("ssast_tiny", "axlstm_tiny_e2_flip"):
+        assert config(f"{family}_8x16").encoder.patches.patches == 125
+        assert config(f"{family}_4x8").encoder.patches.patches == 500
+    both, decoder_only = config("audiomaepp_base_rope"), config("audiomaepp_base_rope_decoder")
+    assert (both.encoder.rope, both.decoder.rope) == ("patch", "patch")
+    assert (decoder_only.encoder.rope, decoder_only.decoder.rope) == ("none", "patch")
+    assert [config(f"audiomaepp_large{n}").decoder.dim for n in ("_decoder384", "", "_decoder768")] == [384, 512, 768]
+
+
+def test_overrides_change_nested_values_too():
+    config = load_run_config(
+        CONFIGS / "mae_tiny.yaml", ["max_steps=3", "batch_size=4", "encoder.dim=48", "decoder.dim=32", "base_lr=1e-3"]
+    )
+    assert (config.max_steps, config.batch_size, config.encoder.dim, config.decoder.dim) == (3, 4, 48, 32)
+    assert config.base_lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("colour=red", "unknown key 'colour'"),
+        ("encoder.colour=red", "unknown key 'encoder.colour'"),
+        ("max_steps=2.5", "max_steps must be int or null, got 2.5"),
+        ("base_lr=fast", "base_lr must be float, got 'fast'"),
+        ("compile=1", "compile must be bool, got 1"),
+        ("precision=int8", "precision must be one of 'float32', 'bfloat16', 'float16'; got 'int8'"),
+        ("decoder=null", "family 'mae' takes a decoder"),
+        ("mask_ratio=1", "mask_ratio must lie between 0 and 1, got 1.0"),
+        ("batch_size=0", "batch_size must be at least 1, got 0"),
+        ("crops_per_record=3", "crops_per_record = 3 must divide batch_size = 1024"),
+        ("encoder.heads=5", "heads = 5 must divide dim = 192"),
+        ("batch_size", "expected key=value, got 'batch_size'"),
+        ("nothing.here=1", "'nothing' is no group of keys"),
+    ],
+)
+def test_a_mistaken_override_is_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_run_config(CONFIGS / "mae_tiny.yaml", [override])
+
+
+def test_missing_keys_and_files_are_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("encoder: {family: axlstm, dim: 48, depth: 1}\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: missing key 'mask_ratio'"):
+        load_run_config(path)
+    path.write_text("mask_ratio: 0.5\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: missing key 'encoder'"):
+        load_run_config(path)
+    path.write_text("inherits: nothing.yaml\n")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
+        load_run_config(path)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    rates = [learning_rate_factor(step, warmup=10, total=110) for step in range(111)]
+    assert rates[0] == 0 and rates[5] == 0.5 and rates[10] == 1
+    assert rates[60] == pytest.approx(0.5) and rates[110] == pytest.approx(0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_epochs_become_steps():
+    config = load_run_config(CONFIGS / "axlstm_tiny.yaml")
+    assert config.steps(2_000_000) == 195_313 and config.warmup(2_000_000) == 19_532  # AudioSet, 100 and 10 epochs
+    twice = dataclasses.replace(config, crops_per_record=2)
+    assert twice.steps(1_000_000) == config.steps(2_000_000)
+    short = dataclasses.replace(config, max_steps=50)
+    assert short.steps(2_000_000) == 50 and short.warmup(2_000_000) == 5
+    assert dataclasses.replace(short, warmup_steps=7).warmup(10) == 7
+
+
+@pytest.mark.parametrize("name", ["audiomaepp_tiny", "axlstm_tiny"])
+def test_weight_decay_spares_biases_norms_and_tokens(name):
+    model = build_model(load_run_config(CONFIGS / f"{name}.yaml", ["encoder.depth=1"]))
+    decayed, spared = parameter_groups(model, 0.05)
+    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+    ids = {id(parameter) for parameter in spared["params"]}
+    spared_names = {parameter_name for parameter_name, p in model.named_parameters() if id(p) in ids}
+    tokens_biases_norms = re.compile(r".*(bias|_token|skip|norm\d?\.weight)")
+    assert all(tokens_biases_norms.fullmatch(parameter_name) for parameter_name in spared_names)
+    assert any(parameter_name.endswith("mask_token") for parameter_name in spared_names)
+
+
+def test_a_run_is_frozen():
+    config = load_run_config(CONFIGS / "mae_tiny.yaml")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+    assert isinstance(config, RunConfig)

@@ -1,0 +1,225 @@
+"""What a pretraining run is: a dataclass, read from YAML files that inherit, with overrides from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hear_encoders.config import CONFIG_OF_FAMILY, EncoderConfig, PatchConfig, Rope, TransformerConfig
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Decoder of a masked autoencoder; its blocks are of the encoder's kind (AudioMAE++ section 3.2)."""
+
+    dim: int = 384
+    depth: int = 4
+    heads: int = 8
+    rope: Rope = "none"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One pretraining run. The defaults are the papers' (AudioMAE++ section 3.2, AxLSTM section 3.2).
+
+    Attributes:
+        encoder: the encoder, as in its `config.json`; fields left out have their defaults.
+        decoder: of a masked autoencoder (families audiomaepp and mae); None for axlstm and ssast.
+        mask_ratio: share of patches masked.
+        batch_size: crops in one optimiser step, over all processes and accumulated parts.
+        accumulate: parts a process's share of the batch is computed in.
+        crops_per_record: crops of 2 s taken from a record each time it is read.
+        normalize: over what log-mel is normalised: the whole "record", as the runtime does with a clip, or the
+            "crop".
+        base_lr: learning rate per 256 crops of batch; the rate is base_lr * batch_size / 256.
+        epochs, warmup_epochs: length of training and of its linear warm-up, in passes over the records.
+        max_steps, warmup_steps: the same in optimiser steps; where given, they come before epochs.
+        weight_decay: of AdamW; none on biases, norms and other parameters of one dimension.
+        beta1, beta2: of AdamW.
+        clip_grad: largest gradient norm; None does not clip.
+        precision: of the forward pass; autocast where not float32.
+        compile: run the model through torch.compile.
+        workers: processes that read data, per training process; 0 reads in the training process.
+        seed: of initial weights, data order, crops and masks.
+        log_every, save_every: in steps.
+        keep_last: checkpoints kept besides milestones.
+        milestone_every: a checkpoint every so many steps is kept for good; None keeps none.
+        max_hours: stop and save after so much time; None does not.
+    """
+
+    encoder: EncoderConfig
+    decoder: DecoderConfig | None
+    mask_ratio: float
+    batch_size: int = 1024
+    accumulate: int = 1
+    crops_per_record: int = 1
+    normalize: Literal["record", "crop"] = "record"
+    base_lr: float = 1.5e-4
+    epochs: float = 100.0
+    warmup_epochs: float = 10.0
+    max_steps: int | None = None
+    warmup_steps: int | None = None
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_grad: float | None = None
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = False
+    workers: int = 2
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    keep_last: int = 2
+    milestone_every: int | None = None
+    max_hours: float | None = None
+
+    def __post_init__(self) -> None:
+        needs_decoder = self.encoder.family in ("audiomaepp", "mae")
+        if needs_decoder != (self.decoder is not None):
+            raise ValueError(f"family {self.encoder.family!r} takes {'a' if needs_decoder else 'no'} decoder")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
+        for name in ("batch_size", "accumulate", "crops_per_record", "log_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.crops_per_record:
+            raise ValueError(f"crops_per_record = {self.crops_per_record} must divide batch_size = {self.batch_size}")
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate."""
+        return self.base_lr * self.batch_size / 256
+
+    def decoder_blocks(self) -> TransformerConfig:
+        """The decoder's blocks, of the encoder's kind and patch grid, as a configuration of their own."""
+        return TransformerConfig(
+            family=self.encoder.family,
+            swiglu_norm=self.encoder.swiglu_norm,
+            patches=self.encoder.patches,
+            **dataclasses.asdict(self.decoder),
+        )
+
+    def steps(self, records: int) -> int:
+        """Optimiser steps of the whole run over so many records."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return math.ceil(self.epochs * records * self.crops_per_record / self.batch_size)
+
+    def warmup(self, records: int) -> int:
+        """Optimiser steps of the warm-up."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        if self.max_steps is not None:  # the papers' share: 10 of 100 epochs
+            return round(self.max_steps * self.warmup_epochs / self.epochs)
+        return math.ceil(self.warmup_epochs * records * self.crops_per_record / self.batch_size)
+
+
+def learning_rate_factor(step: int, warmup: int, total: int) -> float:
+    """Share of the peak learning rate at a step: linear from 0, then half a cosine to 0."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: a YAML file. Its key `inherits` names another one, relative to it, whose values it changes.
+        overrides: "key=value" with dots for nested keys ("encoder.dim=96"), values as in YAML.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a malformed override, an unknown or missing key, or a value of the wrong kind.
+    """
+    values = _read(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"expected key=value, got {override!r}")
+        target = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            if not isinstance(target.get(parent), dict):
+                raise ValueError(f"{override!r}: {parent!r} is no group of keys")
+            target = target[parent]
+        target[last] = yaml.safe_load(text)
+    return run_config_from_dict(values, str(path))
+
+
+def run_config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
+    """Build a run's configuration from plain values; the inverse of `dataclasses.asdict`."""
+    values = dict(values)
+    try:
+        encoder = dict(values.pop("encoder"))
+        decoder = values.pop("decoder", None)
+        family = encoder.get("family")
+        if family not in CONFIG_OF_FAMILY:
+            raise ValueError(f"encoder.family must be one of {', '.join(CONFIG_OF_FAMILY)}; got {family!r}")
+        encoder["patches"] = _make(PatchConfig, encoder.get("patches") or {}, "encoder.patches.")
+        return _make(
+            RunConfig,
+            {
+                **values,
+                "encoder": _make(CONFIG_OF_FAMILY[family], encoder, "encoder."),
+                "decoder": None if decoder is None else _make(DecoderConfig, decoder, "decoder."),
+            },
+        )
+    except KeyError as error:
+        raise ValueError(f"{source}: missing key {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such configuration: {path}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(values).__name__}")
+    inherited = values.pop("inherits", None)
+    return _merge(_read(path.parent / inherited), values) if inherited else values
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _make(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """Build a dataclass, checking keys and the kinds of plain values."""
+    hints = typing.get_type_hints(cls)
+    checked = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"unknown key {prefix + key!r}; known: {', '.join(hints)}")
+        kinds = typing.get_args(hints[key]) or (hints[key],)
+        if float in kinds and type(value) in (int, str):
+            with contextlib.suppress(ValueError):  # YAML takes 1e-3, without a dot, for text
+                value = float(value)
+        if typing.get_origin(hints[key]) is Literal:
+            if value not in kinds:
+                raise ValueError(f"{prefix}{key} must be one of {', '.join(map(repr, kinds))}; got {value!r}")
+        elif type(value) not in kinds:
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise TypeError(f"{prefix}{key} must be {names}, got {value!r}")
+        checked[key] = value
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.name not in checked and field.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"missing key {prefix + missing[0]!r}")
+    return cls(**checked)

@@ -1,0 +1,107 @@
+"""Crops of records, in an order that is a function of the seed alone.
+
+Training reads an endless sequence of rows. Row i is crop i % crops_per_record of the record at place
+i // crops_per_record of the record order; the record order is one permutation after another. A step's batch
+is `batch_size` rows in a row, of which each process takes its share. So the data of any step are known from the seed
+and the step: resuming needs no reader's state, and the number of processes and workers does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hear_encoders.frontend import STD_OFFSET
+from training.masking import hash_seed
+from training.shards import ShardIndex
+
+# What a hash is for, so that no two uses of the same numbers meet.
+_ORDER, _CROP = 1, 2
+
+
+class Crops(Dataset):
+    """Normalised log-mel crops by row number.
+
+    Args:
+        index: the records.
+        frames: length of a crop; a shorter record is repeated from its beginning.
+        crops_per_record: rows in a row that share a record.
+        normalize: "record" or "crop", what mean and standard deviation are taken over.
+        seed: of record order and crop positions.
+    """
+
+    def __init__(self, index: ShardIndex, frames: int, crops_per_record: int, normalize: str, seed: int) -> None:
+        self.index = index
+        self.frames = frames
+        self.crops_per_record = crops_per_record
+        self.normalize = normalize
+        self.seed = seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __getitem__(self, row: int) -> Tensor:
+        """Return the crop of a row: (frames, 80) float32."""
+        place = row // self.crops_per_record
+        record = self.index.read(self.record_at(place)).astype(np.float32)
+        if self.normalize == "record":
+            record = _normalized(record)
+        if len(record) < self.frames:
+            record = np.tile(record, (-(-self.frames // len(record)), 1))
+        first = hash_seed(self.seed, _CROP, row) % (len(record) - self.frames + 1)
+        crop = record[first : first + self.frames]
+        return torch.from_numpy(crop if self.normalize == "record" else _normalized(crop))
+
+    def record_at(self, place: int) -> int:
+        """Which record stands at a place of the endless order."""
+        epoch, within = divmod(place, len(self.index))
+        if self._order[0] != epoch:
+            generator = np.random.default_rng(hash_seed(self.seed, _ORDER, epoch))
+            self._order = (epoch, generator.permutation(len(self.index)))
+        return int(self._order[1][within])
+
+
+class RowBatches(Sampler[list[int]]):
+    """Row numbers of one process's batches, from a step on, in `accumulate` parts a step."""
+
+    def __init__(
+        self, batch_size: int, accumulate: int, rank: int, processes: int, first_step: int, steps: int
+    ) -> None:
+        if batch_size % (accumulate * processes):
+            raise ValueError(
+                f"batch_size = {batch_size} must be divisible by accumulate x processes = {accumulate} x {processes}"
+            )
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.rank, self.processes = rank, processes
+        self.first_step, self.steps = first_step, steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch_size // self.processes
+        part = share // self.accumulate
+        for step in range(self.first_step, self.steps):
+            first = step * self.batch_size + self.rank * share
+            for offset in range(0, share, part):
+                yield list(range(first + offset, first + offset + part))
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.first_step) * self.accumulate
+
+
+def crop_loader(crops: Crops, batches: RowBatches, workers: int, pin_memory: bool) -> DataLoader:
+    """A loader that reads ahead of training in worker processes."""
+    return DataLoader(
+        crops,
+        batch_sampler=batches,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
+        multiprocessing_context="spawn" if workers else None,  # forking a process that has threads may hang it
+        persistent_workers=False,
+    )
+
+
+def _normalized(logmel: np.ndarray) -> np.ndarray:
+    """As `hear_encoders.frontend.normalize` does, over the whole array."""
+    return (logmel - logmel.mean()) / (logmel.std(ddof=1) + STD_OFFSET)

@@ -1,0 +1,129 @@
+"""Pretraining models: an encoder with what it needs to predict masked patches, and the loss.
+
+Two objectives. `MaskedAutoencoder` (AudioMAE++ section 2.2; MAE): most patches are dropped, the encoder sees the
+rest, a decoder restores the order around mask tokens and predicts the dropped ones. `MaskedModel` (AxLSTM section
+2.2; SSAST): masked patches are replaced by a mask token, the encoder sees all, a small head predicts.
+
+Letters in shape comments: B clips, N patches of a clip, K visible patches, P values in a patch, D encoder and
+E decoder channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hear_encoders.config import EncoderConfig, TransformerConfig
+from hear_encoders.encoders import ENCODER_OF_CONFIG
+from hear_encoders.patches import patchify, sincos_1d
+from hear_encoders.transformer import NORM_EPS, PlainBlock, TransformerPlusPlusBlock, initialize_transformer
+from training.masking import Masking
+
+
+class Prediction(NamedTuple):
+    """What a pretraining model returns."""
+
+    loss: Tensor  # () float32, mean squared error over masked patches
+    patches: Tensor  # (B, N, P) float32, predicted values of all patches
+
+
+def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean over masked patches of the mean squared error of their values (both papers, section 2.2).
+
+    Args:
+        prediction, target: (B, N, P).
+        mask: (B, N) float, 1 where masked.
+    """
+    error = (prediction.float() - target.float()).square().mean(dim=-1)  # (B, N)
+    return (error * mask).sum() / mask.sum()
+
+
+class Decoder(nn.Module):
+    """Decoder of a masked autoencoder: restores the patch order around mask tokens and predicts all patches.
+
+    Args:
+        encoder_dim: channels of the encoder's tokens.
+        config: the decoder's own blocks; its patch grid is the encoder's.
+    """
+
+    def __init__(self, encoder_dim: int, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        patches = config.patches
+        self.project = nn.Linear(encoder_dim, config.dim)
+        self.mask_token = nn.Parameter(torch.empty(config.dim))
+        table = F.pad(sincos_1d(torch.arange(patches.patches, device="cpu"), config.dim), (0, 0, 1, 0)).float()
+        self.register_buffer("position_table", table, persistent=False)  # (1 + N, E); zeros for cls
+        block = TransformerPlusPlusBlock if config.family == "audiomaepp" else PlainBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
+        self.predict = nn.Linear(config.dim, patches.patch_size)
+
+    def forward(self, encoded: Tensor, restore: Tensor) -> Tensor:
+        """Predict all patches: (B, 1 + K, D), (B, N) -> (B, N, P)."""
+        x = self.project(encoded)
+        batch, visible, dim = x.shape
+        masks = self.mask_token.to(x.dtype).expand(batch, restore.shape[1] - (visible - 1), dim)
+        shuffled = torch.cat([x[:, 1:], masks], dim=1)  # (B, N, E)
+        patches = shuffled.gather(1, restore[..., None].expand(-1, -1, dim))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.position_table  # (B, 1 + N, E)
+        for block in self.blocks:
+            x = block(x)
+        return self.predict(self.norm(x))[:, 1:]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as the encoder: xavier-uniform linears, zero biases, the mask token normal with std 0.02."""
+        initialize_transformer(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+
+class MaskedAutoencoder(nn.Module):
+    """AudioMAE++ and MAE: the encoder sees the visible patches only."""
+
+    def __init__(self, config: EncoderConfig, decoder: TransformerConfig) -> None:
+        super().__init__()
+        self.encoder = ENCODER_OF_CONFIG[type(config)](config)
+        self.decoder = Decoder(config.dim, decoder)
+
+    def forward(self, logmel: Tensor, masking: Masking) -> Prediction:
+        """Predict the masked patches of normalised log-mel (B, frames, bands)."""
+        tokens = self.encoder.embed(logmel)  # (B, N, D)
+        visible = tokens.gather(1, masking.keep[..., None].expand(-1, -1, tokens.shape[-1]))  # (B, K, D)
+        encoded = self.encoder.encode(visible, masking.keep)  # (B, 1 + K, D)
+        prediction = self.decoder(encoded, masking.restore).float()
+        target = patchify(logmel, self.encoder.config.patches)
+        return Prediction(masked_loss(prediction, target, masking.mask), prediction)
+
+    def reset_parameters(self) -> None:
+        self.encoder.reset_parameters()
+        self.decoder.reset_parameters()
+
+
+class MaskedModel(nn.Module):
+    """AxLSTM and SSAST: the encoder sees all patches, the masked ones as a mask token."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.encoder = ENCODER_OF_CONFIG[type(config)](config)
+        self.mask_token = nn.Parameter(torch.empty(config.dim))
+        self.head = nn.Sequential(
+            nn.Linear(config.dim, config.dim), nn.GELU(), nn.Linear(config.dim, config.patches.patch_size)
+        )
+
+    def forward(self, logmel: Tensor, masking: Masking) -> Prediction:
+        """Predict the masked patches of normalised log-mel (B, frames, bands)."""
+        tokens = self.encoder.embed(logmel)  # (B, N, D), positions added
+        tokens = torch.where(masking.mask[..., None] > 0, self.mask_token.to(tokens.dtype), tokens)
+        prediction = self.head(self.encoder.encode(tokens)[:, 1:]).float()
+        target = patchify(logmel, self.encoder.config.patches)
+        return Prediction(masked_loss(prediction, target, masking.mask), prediction)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.encoder.reset_parameters()
+        initialize_transformer(self.head)
+        nn.init.normal_(self.mask_token, std=0.02)

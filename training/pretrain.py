@@ -1,0 +1,338 @@
+"""Train: `python -m training.pretrain --config CONFIG.yaml --data SHARDS --out RUN [key=value ...]`.
+
+On one device as it stands, on several processes under torchrun. A run that was stopped, in whatever way, goes on from
+its newest checkpoint when the same command is given again, and ends with the weights it would have had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hear_encoders.atomic import atomic_write
+from training import checkpoints
+from training.config import RunConfig, learning_rate_factor, load_run_config, run_config_from_dict
+from training.data import Crops, RowBatches, crop_loader
+from training.masking import Masking, masking_noise, random_masking
+from training.objectives import MaskedAutoencoder, MaskedModel
+from training.shards import ShardIndex
+
+CONFIG_FILE, LOG_FILE = "run.json", "log.jsonl"
+NOT_FINITE, BAD_USAGE = 3, 2  # exit codes
+
+logger = logging.getLogger("training")
+
+
+def build_model(config: RunConfig) -> MaskedAutoencoder | MaskedModel:
+    """Build the pretraining model of a run, initialised from its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.decoder is not None:
+            model = MaskedAutoencoder(config.encoder, config.decoder_blocks())
+        else:
+            model = MaskedModel(config.encoder)
+        model.reset_parameters()
+    return model
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters with and without weight decay: none on those of one dimension (biases, norms, tokens)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process stands among those of the run."""
+
+    rank: int
+    processes: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+def join_processes(device: str | None) -> Place:
+    """Join the processes that torchrun started, if it did."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = Place(rank, processes, torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind))
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    if processes > 1:
+        dist.init_process_group("nccl" if place.device.type == "cuda" else "gloo")
+    return place
+
+
+class Trainer:
+    """One run in this process: model, optimiser, and the steps between two checkpoints."""
+
+    def __init__(self, config: RunConfig, index: ShardIndex, run: Path, place: Place) -> None:
+        self.config, self.index, self.run, self.place = config, index, run, place
+        self.total_steps, self.warmup_steps = config.steps(len(index)), config.warmup(len(index))
+        self.model = build_model(config).to(place.device)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+        )
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.precision == "float16")
+        self.step = 0
+        self.stop_requested = False
+        self.resume()
+        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model
+        if place.processes > 1:
+            devices = [place.device.index] if place.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.forward, device_ids=devices)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        newest = checkpoints.latest(self.run)
+        if newest is None:
+            return
+        tensors, state = checkpoints.load(newest)
+        self.model.load_state_dict(tensors)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        logger.info("resumed from %s", newest)
+
+    def save(self) -> None:
+        """Save this step, in the leading process."""
+        if self.place.leads:
+            state = {
+                "step": self.step,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            }
+            checkpoints.save(self.run, self.step, self.model.state_dict(), state)
+            checkpoints.prune(self.run, self.config.keep_last, self.config.milestone_every)
+
+    def masking(self, step: int, part: int) -> Masking:
+        """Masks of one part of this process's share of a step's batch."""
+        config, place = self.config, self.place
+        noise = masking_noise(config.seed, step, config.batch_size, config.encoder.patches.patches)
+        rows = config.batch_size // place.processes // config.accumulate
+        first = (place.rank * config.accumulate + part) * rows
+        masking = random_masking(noise[first : first + rows], config.mask_ratio)
+        return Masking(*(tensor.to(place.device, non_blocking=True) for tensor in masking))
+
+    def train_step(self, parts: Sequence[Tensor]) -> tuple[float, float]:
+        """Make one optimiser step from this process's parts of the batch; return loss and gradient norm.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the weights are as they were before the step.
+        """
+        config = self.config
+        factor = learning_rate_factor(self.step, self.warmup_steps, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        outcome = torch.zeros(2, device=self.place.device)  # loss; whether a process was asked to stop
+        for part, logmel in enumerate(parts):
+            masking = self.masking(self.step, part)
+            logmel = logmel.to(self.place.device, non_blocking=True)
+            with contextlib.ExitStack() as stack:
+                if self.place.processes > 1 and part < len(parts) - 1:
+                    stack.enter_context(self.forward.no_sync())
+                if config.precision != "float32":
+                    dtype = getattr(torch, config.precision)
+                    stack.enter_context(torch.autocast(self.place.device.type, dtype=dtype))
+                loss = self.forward(logmel, masking).loss / len(parts)
+            self.scaler.scale(loss).backward()
+            outcome[0] += loss.detach()
+        outcome[1] = self.stop_requested
+        if self.place.processes > 1:  # all processes must see the same, or some would wait for ever
+            dist.all_reduce(outcome)
+            outcome[0] /= self.place.processes
+        mean_loss, stop = outcome.tolist()
+        self.stop_requested = stop > 0
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"the loss of step {self.step} is {mean_loss}")
+        self.scaler.unscale_(self.optimizer)
+        limit = math.inf if config.clip_grad is None else config.clip_grad
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        return mean_loss, norm
+
+    def fit(self) -> bool:
+        """Train to the end, or until asked to stop; save either way. Return whether the end was reached.
+
+        Raises:
+            FloatingPointError: the loss of a step is not finite. The state before that step is saved.
+        """
+        config, place = self.config, self.place
+        crops = Crops(
+            self.index, config.encoder.patches.chunk_frames, config.crops_per_record, config.normalize, config.seed
+        )
+        batches = RowBatches(
+            config.batch_size, config.accumulate, place.rank, place.processes, self.step, self.total_steps
+        )
+        loader = iter(crop_loader(crops, batches, config.workers, pin_memory=place.device.type == "cuda"))
+        log = RunLog(self.run, self.step, self.total_steps) if place.leads else None
+        begun = time.monotonic()
+        try:
+            while self.step < self.total_steps and not self.stop_requested:
+                rate = config.learning_rate * learning_rate_factor(self.step, self.warmup_steps, self.total_steps)
+                loss, norm = self.train_step([next(loader) for _ in range(config.accumulate)])
+                if log is not None:
+                    log.add(loss, norm, rate, config.batch_size)
+                    if self.step % config.log_every == 0 or self.step == self.total_steps:
+                        log.write(self.step)
+                if self.step % config.save_every == 0:
+                    self.save()
+                if config.max_hours is not None and time.monotonic() - begun > 3600 * config.max_hours:
+                    self.stop_requested = True
+        finally:
+            self.save()
+            if log is not None:
+                log.close()
+        return self.step == self.total_steps
+
+
+class RunLog:
+    """A line every so often: on the terminal, as JSON in the run's directory, and in TensorBoard if it is there."""
+
+    def __init__(self, run: Path, step: int, total_steps: int) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        self.path = run / LOG_FILE
+        self.total_steps = total_steps
+        if self.path.exists():  # what a killed run wrote after its newest checkpoint is about to be done again
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            with atomic_write(self.path) as file:
+                file.write("".join(kept).encode())
+        self.board: Any = None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._begin()
+
+    def add(self, loss: float, norm: float, rate: float, clips: int) -> None:
+        """Note one step."""
+        self.losses.append(loss)
+        self.norm, self.rate = norm, rate
+        self.clips += clips
+
+    def write(self, step: int) -> None:
+        """Write what came since the last line."""
+        values = {
+            "loss": sum(self.losses) / len(self.losses),
+            "learning_rate": self.rate,
+            "gradient_norm": self.norm,
+            "clips_per_s": self.clips / (time.monotonic() - self.since),
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        logger.info(
+            "step %d of %d  loss %.4f  rate %.2e  gradient %.2f  %.0f clips/s",
+            *(step, self.total_steps, *values.values()),
+        )
+        self._begin()
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def _begin(self) -> None:
+        self.losses: list[float] = []
+        self.clips, self.since = 0, time.monotonic()
+
+
+# Settings that may change between two sittings of a run, because they do not change its result.
+_FREE_SETTINGS = {"workers", "log_every", "save_every", "keep_last", "milestone_every", "max_hours"}
+
+
+def settle_config(config: RunConfig, run: Path, write: bool) -> None:
+    """Keep a run's configuration in its directory; refuse to go on with another one.
+
+    Raises:
+        ValueError: the run was begun with a setting of another value.
+    """
+    path = run / CONFIG_FILE
+    if path.exists():
+        begun = run_config_from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+        for field in dataclasses.fields(RunConfig):
+            before, now = getattr(begun, field.name), getattr(config, field.name)
+            if before != now and field.name not in _FREE_SETTINGS:
+                raise ValueError(f"{run} was begun with {field.name} = {before!r}, now {now!r}; choose another --out")
+    elif write:
+        run.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write((json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m training.pretrain",
+        description="Pretrain an encoder; give the same command again to go on with a run that was stopped.",
+        epilog="example: torchrun --nproc-per-node=2 -m training.pretrain --config training/configs/axlstm_tiny.yaml "
+        "--data shards/ --out runs/axlstm_tiny batch_size=256 max_steps=10000",
+    )
+    parser.add_argument("--config", required=True, type=Path, help="YAML file, such as training/configs/mae_tiny.yaml")
+    parser.add_argument("--data", required=True, type=Path, help="directory that training.prepare wrote")
+    parser.add_argument("--out", required=True, type=Path, help="directory of the run")
+    parser.add_argument("--max-hours", type=float, help="stop and save after this long (max_hours=...)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+    options = parser.parse_args(arguments)
+    place = join_processes(options.device)
+    logging.basicConfig(level=logging.INFO if place.leads else logging.WARNING, format="%(message)s", stream=sys.stdout)
+    try:
+        config = load_run_config(options.config, options.overrides)
+        if options.max_hours is not None:
+            config = dataclasses.replace(config, max_hours=options.max_hours)
+        settle_config(config, options.out, write=place.leads)
+        trainer = Trainer(config, ShardIndex.open(options.data), options.out, place)
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return BAD_USAGE
+
+    def stop(*_: object) -> None:
+        trainer.stop_requested = True
+
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, stop)
+    try:
+        finished = trainer.fit()
+    except FloatingPointError as error:
+        print(f"{parser.prog}: error: {error}; the state before it is saved", file=sys.stderr)
+        return NOT_FINITE
+    finally:
+        if place.processes > 1:
+            dist.destroy_process_group()
+    logger.info("%s at step %d", "finished" if finished else "stopped and saved", trainer.step)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
