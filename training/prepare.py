@@ -466,9 +466,8 @@ def _write_index(out_dir: Path, shards: int) -> tuple[dict[str, Any], list[dict[
 
 def _remove_leftovers(out_dir: Path) -> None:
     """Remove what killed processes had not finished (see `atomic_write`)."""
-    for name in ("shard-*", PLAN_FILE, INDEX_FILE):
-        for unfinished in out_dir.glob(f".{name}.*.tmp"):
-            unfinished.unlink(missing_ok=True)
+    for unfinished in out_dir.glob(".*.tmp"):
+        unfinished.unlink(missing_ok=True)
 
 
 def _is_done(out_dir: Path, number: int) -> bool:

@@ -209,13 +209,11 @@ class Trainer:
                     self.stop_requested = True
         finally:
             self.save()
-            if log is not None:
-                log.close()
         return self.step == self.total_steps
 
 
 class RunLog:
-    """A line every so often: on the terminal, as JSON in the run's directory, and in TensorBoard if it is there."""
+    """A line every so often: on the terminal, and as JSON in the run's directory."""
 
     def __init__(self, run: Path, step: int, total_steps: int) -> None:
         run.mkdir(parents=True, exist_ok=True)
@@ -226,11 +224,6 @@ class RunLog:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             with atomic_write(self.path) as file:
                 file.write("".join(kept).encode())
-        self.board: Any = None
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._begin()
 
     def add(self, loss: float, norm: float, rate: float, clips: int) -> None:
@@ -249,18 +242,11 @@ class RunLog:
         }
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
         logger.info(
             "step %d of %d  loss %.4f  rate %.2e  gradient %.2f  %.0f clips/s",
             *(step, self.total_steps, *values.values()),
         )
         self._begin()
-
-    def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
 
     def _begin(self) -> None:
         self.losses: list[float] = []
@@ -327,9 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"{parser.prog}: error: {error}; the state before it is saved", file=sys.stderr)
         return NOT_FINITE
-    finally:
-        if place.processes > 1:
-            dist.destroy_process_group()
+    if place.processes > 1:
+        dist.barrier()  # a process that left while another still talks to it would end both with an error
+        dist.destroy_process_group()
     logger.info("%s at step %d", "finished" if finished else "stopped and saved", trainer.step)
     return 0
 

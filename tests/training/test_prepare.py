@@ -311,7 +311,7 @@ def is_running(process: psutil.Process) -> bool:
 
 def half_way(path: Path) -> bool:
     """Whether a shard is being written right now."""
-    for unfinished in path.glob(".shard-*.tar.*.tmp"):
+    for unfinished in path.glob(".*-*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             return unfinished.stat().st_size > 0
     return False
