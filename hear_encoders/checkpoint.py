@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hear_encoders import hub
-from hear_encoders.atomic import atomic_write
+from hear_encoders.atomic import atomic_write, write_json
 from hear_encoders.config import EncoderConfig, config_to_dict, read_config
 from hear_encoders.encoders import ENCODER_OF_CONFIG, Encoder
 from hear_encoders.hub import CONFIG_FILE, WEIGHTS_FILE
@@ -129,11 +129,9 @@ def save_checkpoint(directory: str | os.PathLike[str], encoder: Encoder) -> None
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    config = json.dumps(config_to_dict(encoder.config), indent=2) + "\n"
     with atomic_write(directory / WEIGHTS_FILE) as file:
         file.write(save(tensors, metadata={"format": "pt"}))
-    with atomic_write(directory / CONFIG_FILE) as file:
-        file.write(config.encode())
+    write_json(directory / CONFIG_FILE, config_to_dict(encoder.config))
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

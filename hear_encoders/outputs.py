@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from hear_encoders.atomic import atomic_write
+from hear_encoders.atomic import atomic_write, write_json
 from hear_encoders.audio import audio_extensions
 
 SETTINGS_FILE = "hear-embed.json"
@@ -194,8 +194,7 @@ class FolderOutput:
         target = self._embedding_path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not self._record.exists():
-            with atomic_write(self._record) as file:
-                file.write((json.dumps(self._settings, indent=2) + "\n").encode())
+            write_json(self._record, self._settings)
         if timestamps_ms is not None:
             with atomic_write(target.with_name(f"{Path(name).name}.timestamps_ms.npy")) as file:
                 np.save(file, timestamps_ms)

@@ -103,5 +103,9 @@ def crop_loader(crops: Crops, batches: RowBatches, workers: int, pin_memory: boo
 
 
 def _normalized(logmel: np.ndarray) -> np.ndarray:
-    """As `hear_encoders.frontend.normalize` does, over the whole array."""
+    """As `hear_encoders.frontend.normalize` does, over the whole array.
+
+    In numpy, whose sums do not depend on the number of threads: reading in a worker, which has one, must give the same
+    bits as reading in the training process.
+    """
     return (logmel - logmel.mean()) / (logmel.std(ddof=1) + STD_OFFSET)

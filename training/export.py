@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from pathlib import Path
 from hear_encoders.atomic import atomic_write
 from hear_encoders.checkpoint import encoder_from_tensors, save_checkpoint
 from training import checkpoints
-from training.config import RunConfig, run_config_from_dict
-from training.pretrain import CONFIG_FILE
+from training.config import RunConfig
+from training.pretrain import CONFIG_FILE, read_run_config
 
 
 def export(run: Path, output: Path) -> None:
@@ -24,7 +25,7 @@ def export(run: Path, output: Path) -> None:
     """
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{run} is not a run: it has no {CONFIG_FILE}")
-    config = run_config_from_dict(json.loads((run / CONFIG_FILE).read_text(encoding="utf-8")), str(run / CONFIG_FILE))
+    config = read_run_config(run)
     newest = checkpoints.latest(run)
     if newest is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet")
@@ -39,7 +40,7 @@ def export(run: Path, output: Path) -> None:
 def _model_card(config: RunConfig, run: Path, step: int) -> str:
     """A card to be completed by whoever publishes the weights: what is known for certain is filled in."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    settings = json.dumps(json.loads((run / CONFIG_FILE).read_text(encoding="utf-8")), indent=2)
+    settings = json.dumps(dataclasses.asdict(config), indent=2)
     family = config.encoder.family
     module = "hear_audiomaepp" if family in ("audiomaepp", "mae") else "hear_axlstm"
     return f"""---

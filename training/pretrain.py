@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hear_encoders.atomic import atomic_write
+from hear_encoders.atomic import atomic_write, write_json
 from training import checkpoints
 from training.config import RunConfig, learning_rate_factor, load_run_config, run_config_from_dict
 from training.data import Crops, RowBatches, crop_loader
@@ -130,10 +130,9 @@ class Trainer:
             checkpoints.save(self.run, self.step, self.model.state_dict(), state)
             checkpoints.prune(self.run, self.config.keep_last, self.config.milestone_every)
 
-    def masking(self, step: int, part: int) -> Masking:
-        """Masks of one part of this process's share of a step's batch."""
+    def masking(self, noise: Tensor, part: int) -> Masking:
+        """Masks of one part of this process's share of the batch that the noise is for."""
         config, place = self.config, self.place
-        noise = masking_noise(config.seed, step, config.batch_size, config.encoder.patches.patches)
         rows = config.batch_size // place.processes // config.accumulate
         first = (place.rank * config.accumulate + part) * rows
         masking = random_masking(noise[first : first + rows], config.mask_ratio)
@@ -150,9 +149,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
         self.optimizer.zero_grad(set_to_none=True)
+        noise = masking_noise(config.seed, self.step, config.batch_size, config.encoder.patches.patches)
         outcome = torch.zeros(2, device=self.place.device)  # loss; whether a process was asked to stop
         for part, logmel in enumerate(parts):
-            masking = self.masking(self.step, part)
+            masking = self.masking(noise, part)
             logmel = logmel.to(self.place.device, non_blocking=True)
             with contextlib.ExitStack() as stack:
                 if self.place.processes > 1 and part < len(parts) - 1:
@@ -197,10 +197,9 @@ class Trainer:
         begun = time.monotonic()
         try:
             while self.step < self.total_steps and not self.stop_requested:
-                rate = config.learning_rate * learning_rate_factor(self.step, self.warmup_steps, self.total_steps)
                 loss, norm = self.train_step([next(loader) for _ in range(config.accumulate)])
                 if log is not None:
-                    log.add(loss, norm, rate, config.batch_size)
+                    log.add(loss, norm, self.optimizer.param_groups[0]["lr"], config.batch_size)
                     if self.step % config.log_every == 0 or self.step == self.total_steps:
                         log.write(self.step)
                 if self.step % config.save_every == 0:
@@ -257,23 +256,27 @@ class RunLog:
 _FREE_SETTINGS = {"workers", "log_every", "save_every", "keep_last", "milestone_every", "max_hours"}
 
 
+def read_run_config(run: Path) -> RunConfig:
+    """The configuration a run was begun with."""
+    path = run / CONFIG_FILE
+    return run_config_from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
 def settle_config(config: RunConfig, run: Path, write: bool) -> None:
     """Keep a run's configuration in its directory; refuse to go on with another one.
 
     Raises:
         ValueError: the run was begun with a setting of another value.
     """
-    path = run / CONFIG_FILE
-    if path.exists():
-        begun = run_config_from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+    if (run / CONFIG_FILE).exists():
+        begun = read_run_config(run)
         for field in dataclasses.fields(RunConfig):
             before, now = getattr(begun, field.name), getattr(config, field.name)
             if before != now and field.name not in _FREE_SETTINGS:
                 raise ValueError(f"{run} was begun with {field.name} = {before!r}, now {now!r}; choose another --out")
     elif write:
         run.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write((json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode())
+        write_json(run / CONFIG_FILE, dataclasses.asdict(config))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
