@@ -13,42 +13,33 @@ is), norms, softmax, activations, and all other elementwise work, so also a conv
 Zeros that a matmul multiplies are counted: the masked half of causal weights, the gaps of merged diagonal blocks.
 
 Example:
-    python benchmarks/embed.py --presets audiomaepp_tiny axlstm_tiny --seconds 2 10 --batch 1 8
+    python -m benchmarks.embed --presets audiomaepp_tiny axlstm_tiny --seconds 2 10 --batch 1 8
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import math
-import os
-import platform
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from released_plan import ReleasedPlan
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from benchmarks.measure import LEAST_TURNS, Matmul, format_machine, format_table, peak_bytes, progress, take_turns
+from benchmarks.released_plan import ReleasedPlan
 from hear_encoders.config import PRESETS, AxLSTMConfig, EncoderConfig, TransformerConfig
 from hear_encoders.embedder import Embedder, Precision, resolve_precision
 from hear_encoders.encoders import build_encoder
 from hear_encoders.frontend import HOP, SAMPLE_RATE
+from training.flops import MATMUL_SIZE, count_flop
 
-LEAST_TURNS = 3
-CELL_SECONDS = 1.0  # turns go on at least this long
 TOLERANCE = 1e-3  # between the plan's embeddings and ours in reference framing, which are of order 1
-MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough for the full rate, small enough to take turns with
 
 # What fraction of the matmul rate a turn is expected to reach, until a cell of its kind has been measured.
 ASSUMED_FRACTION = 0.25
@@ -80,21 +71,6 @@ class Result:
 # Counting and measuring
 
 
-def _cpu_attention_flop(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-# torch's counter knows the attention kernels of CUDA only.
-_ADDED_FLOP_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flop}
-
-
-def count_flop(call: Callable[[], object]) -> int:
-    """Multiplications and additions of the matmuls, attention and convolutions of one call."""
-    with FlopCounterMode(display=False, custom_mapping=_ADDED_FLOP_FORMULAS) as counter:
-        call()
-    return counter.get_total_flops()
-
-
 def check_flop_counter(device: torch.device) -> None:
     """Stop if attention is not counted, as happens silently when torch names a kernel anew."""
     heads, length, head_dim = 2, 64, 32
@@ -113,62 +89,6 @@ def count_chunk_flop(config: EncoderConfig) -> int:
         encoder = build_encoder(config)
         frames = torch.empty(1, patches.chunk_frames, patches.bands)
         return count_flop(lambda: encoder(frames))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def take_turns(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Run A B C A B C ...; return each one's median time in seconds. Warming up is the caller's part."""
-    times: list[list[float]] = [[] for _ in calls]
-    first = time.perf_counter()
-    while len(times[0]) < LEAST_TURNS or time.perf_counter() - first < CELL_SECONDS:
-        for call, taken in zip(calls, times):
-            synchronize(device)
-            begin = time.perf_counter()
-            call()
-            synchronize(device)
-            taken.append(time.perf_counter() - begin)
-    return [median(taken) for taken in times]
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory held while `call` runs; None where the system does not tell.
-
-    On CUDA what torch has allocated; on a CPU (Linux) all resident memory of the process, Python, torch's
-    libraries and the weights included.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # where the C library is not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls freed would still count as resident
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
-        call()
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(kilobytes)
-
-
-class Matmul:
-    """Square matmul in the dtype under test: the rate that nothing here can exceed."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.size = MATMUL_SIZE[device.type]
-        self.flop = 2 * self.size**3
-        self.a, self.b = torch.randn(2, self.size, self.size, device=device).to(dtype)
-
-    def __call__(self) -> Tensor:
-        return self.a @ self.b
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -296,10 +216,6 @@ class Benchmark:
         return cell.batch * (ours + theirs)
 
 
-def progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The report
 
@@ -335,47 +251,15 @@ def format_row(result: Result) -> list[str]:
     ]
 
 
-def format_table(results: Sequence[Result]) -> str:
-    """The results as a Markdown table, padded so that it also reads as plain text."""
-    rows = [format_row(result) for result in results]
-    # A reason for skipping runs over the columns it leaves empty, and does not widen its own.
-    measured = [row for row, result in zip(rows, results) if not result.skipped]
-    names = max(len(name) for name in [COLUMNS[0], *(row[0] for row in rows)])
-    widths = [names] + [max(len(cell) for cell in column) for column in list(zip(COLUMNS, *measured))[1:]]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:])]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    return "\n".join(line(cells) for cells in [COLUMNS, rule, *rows])
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def format_conditions(benchmark: Benchmark, results: Sequence[Result]) -> str:
     """On what the figures were measured."""
-    device, size = benchmark.device, benchmark.matmul.size
-    dtype = str(benchmark.dtype).removeprefix("torch.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    size, dtype = benchmark.matmul.size, str(benchmark.dtype).removeprefix("torch.")
     rates = [result.matmul_rate / 1e9 for result in results if not result.skipped] or [benchmark.matmul_rate / 1e9]
-    lines = [f"- CPU: {cpu_name()}, {cores} cores, {torch.get_num_threads()} threads"]
-    if device.type == "cuda":
-        lines.append(f"- GPU: {torch.cuda.get_device_name(device)}")
-    lines.append(f"- torch {torch.__version__}, {dtype} matmuls on {device}, Python {platform.python_version()}")
-    lines.append(
+    return (
+        f"{format_machine(benchmark.device)}\n"
         f"- {dtype} matmul {size} x {size} x {size}, in turns with the rest: median {median(rates):.0f} GFLOP/s, "
         f"{min(rates):.0f} to {max(rates):.0f} over the rows; each row is held against its own"
     )
-    return "\n".join(lines)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -428,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         progress("interrupted; this is what was measured")
     print(format_conditions(benchmark, results), end="\n\n")
-    print(format_table(results))
+    print(format_table(COLUMNS, [format_row(result) for result in results]))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class RunConfig:
         encoder: the encoder, as in its `config.json`; fields left out have their defaults.
         decoder: of a masked autoencoder (families audiomaepp and mae); None for axlstm and ssast.
         mask_ratio: share of patches masked.
+        mask_positions: of axlstm and ssast: mask tokens have positions, or not, as published (see `MaskedModel`).
         batch_size: crops in one optimiser step, over all processes and accumulated parts.
         accumulate: parts a process's share of the batch is computed in.
         crops_per_record: crops of 2 s taken from a record each time it is read.
@@ -47,9 +48,12 @@ class RunConfig:
         clip_grad: largest gradient norm; None does not clip.
         precision: of the forward pass; autocast where not float32.
         compile: run the model through torch.compile.
+        fsdp: share out the model over the processes (FSDP2) rather than keep it whole in each of them.
         workers: processes that read data, per training process; 0 reads in the training process.
         seed: of initial weights, data order, crops and masks.
         log_every, save_every: in steps.
+        held_out_every, held_out_clips: how often, in steps, and on how many crops to test, where there is --held-out.
+        picture_every: how often, in steps, to draw a reconstruction; None draws none.
         keep_last: checkpoints kept besides milestones.
         milestone_every: a checkpoint every so many steps is kept for good; None keeps none.
         max_hours: stop and save after so much time; None does not.
@@ -58,6 +62,7 @@ class RunConfig:
     encoder: EncoderConfig
     decoder: DecoderConfig | None
     mask_ratio: float
+    mask_positions: bool = True
     batch_size: int = 1024
     accumulate: int = 1
     crops_per_record: int = 1
@@ -73,10 +78,14 @@ class RunConfig:
     clip_grad: float | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
+    fsdp: bool = False
     workers: int = 2
     seed: int = 0
     log_every: int = 10
     save_every: int = 500
+    held_out_every: int = 500
+    held_out_clips: int = 512
+    picture_every: int | None = 5000
     keep_last: int = 2
     milestone_every: int | None = None
     max_hours: float | None = None
@@ -87,7 +96,10 @@ class RunConfig:
             raise ValueError(f"family {self.encoder.family!r} takes {'a' if needs_decoder else 'no'} decoder")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
-        for name in ("batch_size", "accumulate", "crops_per_record", "log_every", "save_every", "keep_last"):
+        for name in (
+            *("batch_size", "accumulate", "crops_per_record", "log_every", "save_every"),
+            *("held_out_every", "held_out_clips", "keep_last"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.crops_per_record:
@@ -133,7 +145,8 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """Read a run's configuration.
 
     Args:
-        path: a YAML file. Its key `inherits` names another one, relative to it, whose values it changes.
+        path: a YAML file. Its key `inherits` names others, relative to it, whose values it changes; of several,
+            a later one changes what an earlier one says.
         overrides: "key=value" with dots for nested keys ("encoder.dim=96"), values as in YAML.
 
     Raises:
@@ -185,8 +198,11 @@ def _read(path: Path) -> dict[str, Any]:
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(values).__name__}")
-    inherited = values.pop("inherits", None)
-    return _merge(_read(path.parent / inherited), values) if inherited else values
+    inherited = values.pop("inherits", [])
+    merged: dict[str, Any] = {}
+    for name in [inherited] if isinstance(inherited, str) else inherited:
+        merged = _merge(merged, _read(path.parent / name))
+    return _merge(merged, values)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

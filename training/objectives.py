@@ -10,16 +10,20 @@ E decoder channels.
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hear_encoders.config import EncoderConfig, TransformerConfig
 from hear_encoders.encoders import ENCODER_OF_CONFIG
 from hear_encoders.patches import patchify, sincos_1d
 from hear_encoders.transformer import NORM_EPS, PlainBlock, TransformerPlusPlusBlock, initialize_transformer
+from training.config import RunConfig
+from training.flops import count_flop
 from training.masking import Masking
 
 
@@ -104,10 +108,18 @@ class MaskedAutoencoder(nn.Module):
 
 
 class MaskedModel(nn.Module):
-    """AxLSTM and SSAST: the encoder sees all patches, the masked ones as a mask token."""
+    """AxLSTM and SSAST: the encoder sees all patches, the masked ones as a mask token.
 
-    def __init__(self, config: EncoderConfig) -> None:
+    Args:
+        config: of the encoder.
+        mask_positions: mask tokens have the positions of the patches they stand for. The papers' text (AxLSTM
+            section 2.2) and released code put the bare mask token where patch and position were: attention, which
+            knows places by nothing else, then predicts the same for all masked patches of a clip.
+    """
+
+    def __init__(self, config: EncoderConfig, mask_positions: bool = True) -> None:
         super().__init__()
+        self.mask_positions = mask_positions
         self.encoder = ENCODER_OF_CONFIG[type(config)](config)
         self.mask_token = nn.Parameter(torch.empty(config.dim))
         self.head = nn.Sequential(
@@ -117,7 +129,8 @@ class MaskedModel(nn.Module):
     def forward(self, logmel: Tensor, masking: Masking) -> Prediction:
         """Predict the masked patches of normalised log-mel (B, frames, bands)."""
         tokens = self.encoder.embed(logmel)  # (B, N, D), positions added
-        tokens = torch.where(masking.mask[..., None] > 0, self.mask_token.to(tokens.dtype), tokens)
+        masks = self.mask_token + self.encoder.position_table if self.mask_positions else self.mask_token
+        tokens = torch.where(masking.mask[..., None] > 0, masks.to(tokens.dtype), tokens)
         prediction = self.head(self.encoder.encode(tokens)[:, 1:]).float()
         target = patchify(logmel, self.encoder.config.patches)
         return Prediction(masked_loss(prediction, target, masking.mask), prediction)
@@ -127,3 +140,34 @@ class MaskedModel(nn.Module):
         self.encoder.reset_parameters()
         initialize_transformer(self.head)
         nn.init.normal_(self.mask_token, std=0.02)
+
+
+def build_model(config: RunConfig) -> MaskedAutoencoder | MaskedModel:
+    """Build the pretraining model of a run, initialised from its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.decoder is not None:
+            model = MaskedAutoencoder(config.encoder, config.decoder_blocks())
+        else:
+            model = MaskedModel(config.encoder, config.mask_positions)
+        model.reset_parameters()
+    return model
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Where a pretraining model's forward pass runs, for a precision of `RunConfig`."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+def count_clip_flop(config: RunConfig) -> int:
+    """FLOPs of training on one clip, forward and backward, counted without memory or arithmetic."""
+    patches = config.encoder.patches
+    visible = int(round(patches.patches * (1 - config.mask_ratio), 6))
+    with FakeTensorMode():
+        model = build_model(config)
+        logmel = torch.empty(1, patches.chunk_frames, patches.bands)
+        order = torch.empty(1, patches.patches, dtype=torch.int64)
+        masking = Masking(torch.empty(1, patches.patches), order[:, :visible], order)
+        return count_flop(lambda: model(logmel, masking).loss.backward())

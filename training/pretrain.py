@@ -23,32 +23,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hear_encoders.atomic import atomic_write, write_json
+from hear_encoders.atomic import write_json
 from training import checkpoints
 from training.config import RunConfig, learning_rate_factor, load_run_config, run_config_from_dict
 from training.data import Crops, RowBatches, crop_loader
+from training.flops import matmul_rate
+from training.held_out import FixedCrops
 from training.masking import Masking, masking_noise, random_masking
-from training.objectives import MaskedAutoencoder, MaskedModel
+from training.objectives import MaskedAutoencoder, MaskedModel, autocast, build_model, count_clip_flop
+from training.runlog import RunLog
 from training.shards import ShardIndex
 
-CONFIG_FILE, LOG_FILE = "run.json", "log.jsonl"
+CONFIG_FILE = "run.json"
+PICTURED_CLIPS = 4
 NOT_FINITE, BAD_USAGE = 3, 2  # exit codes
 
 logger = logging.getLogger("training")
-
-
-def build_model(config: RunConfig) -> MaskedAutoencoder | MaskedModel:
-    """Build the pretraining model of a run, initialised from its seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        if config.decoder is not None:
-            model = MaskedAutoencoder(config.encoder, config.decoder_blocks())
-        else:
-            model = MaskedModel(config.encoder)
-        model.reset_parameters()
-    return model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -87,25 +88,43 @@ def join_processes(device: str | None) -> Place:
 
 
 class Trainer:
-    """One run in this process: model, optimiser, and the steps between two checkpoints."""
+    """One run in this process: model, optimiser, and the steps between two checkpoints.
 
-    def __init__(self, config: RunConfig, index: ShardIndex, run: Path, place: Place) -> None:
+    Args:
+        config, index: of the run, and the records it trains on.
+        run: its directory.
+        place: of this process among those of the run.
+        held_out: records it is tested on as it trains, if any.
+    """
+
+    def __init__(
+        self, config: RunConfig, index: ShardIndex, run: Path, place: Place, held_out: ShardIndex | None = None
+    ) -> None:
         self.config, self.index, self.run, self.place = config, index, run, place
         self.total_steps, self.warmup_steps = config.steps(len(index)), config.warmup(len(index))
+        if config.fsdp and config.precision == "float16":
+            raise ValueError("fsdp does not go with precision = float16; use bfloat16")
+        if config.fsdp and not dist.is_initialized():
+            raise ValueError("fsdp = true needs processes to share the model: start with torchrun")
         self.model = build_model(config).to(place.device)
+        if config.fsdp:
+            shard(self.model, place)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
+            fused=place.device.type == "cuda",
         )
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.precision == "float16")
         self.step = 0
         self.stop_requested = False
         self.resume()
         self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model
-        if place.processes > 1:
+        if place.processes > 1 and not config.fsdp:
             devices = [place.device.index] if place.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=devices)
+        self.held_out = None if held_out is None else FixedCrops(held_out, config, config.held_out_clips)
+        self.pictured = FixedCrops(index if held_out is None else held_out, config, PICTURED_CLIPS)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
@@ -113,21 +132,20 @@ class Trainer:
         if newest is None:
             return
         tensors, state = checkpoints.load(newest)
-        self.model.load_state_dict(tensors)
-        self.optimizer.load_state_dict(state["optimizer"])
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, tensors, options=options)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         logger.info("resumed from %s", newest)
 
     def save(self) -> None:
-        """Save this step, in the leading process."""
+        """Save this step. All processes take part, the leading one writes."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
         if self.place.leads:
-            state = {
-                "step": self.step,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            }
-            checkpoints.save(self.run, self.step, self.model.state_dict(), state)
+            state = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
+            checkpoints.save(self.run, self.step, model, state)
             checkpoints.prune(self.run, self.config.keep_last, self.config.milestone_every)
 
     def masking(self, noise: Tensor, part: int) -> Masking:
@@ -135,8 +153,8 @@ class Trainer:
         config, place = self.config, self.place
         rows = config.batch_size // place.processes // config.accumulate
         first = (place.rank * config.accumulate + part) * rows
-        masking = random_masking(noise[first : first + rows], config.mask_ratio)
-        return Masking(*(tensor.to(place.device, non_blocking=True) for tensor in masking))
+        noise = noise[first : first + rows].to(place.device, non_blocking=True)
+        return random_masking(noise, config.mask_ratio)
 
     def train_step(self, parts: Sequence[Tensor]) -> tuple[float, float]:
         """Make one optimiser step from this process's parts of the batch; return loss and gradient norm.
@@ -154,30 +172,37 @@ class Trainer:
         for part, logmel in enumerate(parts):
             masking = self.masking(noise, part)
             logmel = logmel.to(self.place.device, non_blocking=True)
-            with contextlib.ExitStack() as stack:
-                if self.place.processes > 1 and part < len(parts) - 1:
-                    stack.enter_context(self.forward.no_sync())
-                if config.precision != "float32":
-                    dtype = getattr(torch, config.precision)
-                    stack.enter_context(torch.autocast(self.place.device.type, dtype=dtype))
-                loss = self.forward(logmel, masking).loss / len(parts)
-            self.scaler.scale(loss).backward()
+            with self.gradients_shared(part == len(parts) - 1):
+                with autocast(self.place.device, config.precision):
+                    loss = self.forward(logmel, masking).loss / len(parts)
+                self.scaler.scale(loss).backward()
             outcome[0] += loss.detach()
         outcome[1] = self.stop_requested
         if self.place.processes > 1:  # all processes must see the same, or some would wait for ever
             dist.all_reduce(outcome)
             outcome[0] /= self.place.processes
+        # Reading the loss waits for the device, which costs it the time to queue an optimiser step; so a loss
+        # that is not finite is seen before it gets into the weights.
         mean_loss, stop = outcome.tolist()
         self.stop_requested = stop > 0
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"the loss of step {self.step} is {mean_loss}")
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.clip_grad is None else config.clip_grad
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
-        return mean_loss, norm
+        return mean_loss, norm.item()
+
+    def gradients_shared(self, last_part: bool) -> contextlib.AbstractContextManager:
+        """Processes exchange gradients once a step, with its last part."""
+        if self.config.fsdp:
+            self.model.set_requires_gradient_sync(last_part)
+        elif self.place.processes > 1 and not last_part:
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
 
     def fit(self) -> bool:
         """Train to the end, or until asked to stop; save either way. Return whether the end was reached.
@@ -193,67 +218,70 @@ class Trainer:
             config.batch_size, config.accumulate, place.rank, place.processes, self.step, self.total_steps
         )
         loader = iter(crop_loader(crops, batches, config.workers, pin_memory=place.device.type == "cuda"))
-        log = RunLog(self.run, self.step, self.total_steps) if place.leads else None
-        begun = time.monotonic()
+        log = self.open_log() if place.leads else None
+        deadline = math.inf if config.max_hours is None else time.monotonic() + 3600 * config.max_hours
+        if self.step == 0:
+            self.show(log)
+        saves = True
         try:
             while self.step < self.total_steps and not self.stop_requested:
+                begun = time.monotonic()
                 loss, norm = self.train_step([next(loader) for _ in range(config.accumulate)])
+                ends = self.step == self.total_steps
                 if log is not None:
-                    log.add(loss, norm, self.optimizer.param_groups[0]["lr"], config.batch_size)
-                    if self.step % config.log_every == 0 or self.step == self.total_steps:
+                    rate = self.optimizer.param_groups[0]["lr"]
+                    log.add(loss, norm, rate, config.batch_size, time.monotonic() - begun)
+                    if self.step % config.log_every == 0 or ends:
                         log.write(self.step)
+                self.show(log)
                 if self.step % config.save_every == 0:
                     self.save()
-                if config.max_hours is not None and time.monotonic() - begun > 3600 * config.max_hours:
+                if time.monotonic() > deadline:
                     self.stop_requested = True
+        except Exception as error:
+            # One process alone cannot save a model that is shared out; all see the same loss, though.
+            saves = not config.fsdp or isinstance(error, FloatingPointError)
+            raise
         finally:
-            self.save()
+            if saves:
+                self.save()
+            if log is not None:
+                log.close()
         return self.step == self.total_steps
 
+    def open_log(self) -> RunLog:
+        """The run's log, from this step on."""
+        config, place = self.config, self.place
+        rate = place.processes * matmul_rate(place.device, getattr(torch, config.precision))
+        return RunLog(self.run, self.step, self.total_steps, count_clip_flop(config), rate)
 
-class RunLog:
-    """A line every so often: on the terminal, and as JSON in the run's directory."""
+    def show(self, log: RunLog | None) -> None:
+        """Test and draw what the model makes of crops it does not train on, where this step is one for it."""
+        config, place = self.config, self.place
+        ends = self.step == self.total_steps
+        if self.held_out is not None and (self.step % config.held_out_every == 0 or ends):
+            error = self.held_out.error(self.held_out.predict(self.model, place.device))
+            if log is not None:
+                log.write_held_out(self.step, self.step * config.batch_size, error, *self.held_out.baselines)
+        if config.picture_every is not None and (self.step % config.picture_every == 0 or ends):
+            predicted = self.pictured.predict(self.model, place.device)
+            if log is not None:
+                log.add_picture(self.step, self.pictured.figure(predicted, f"{self.run.name}, step {self.step}"))
 
-    def __init__(self, run: Path, step: int, total_steps: int) -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        self.path = run / LOG_FILE
-        self.total_steps = total_steps
-        if self.path.exists():  # what a killed run wrote after its newest checkpoint is about to be done again
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            with atomic_write(self.path) as file:
-                file.write("".join(kept).encode())
-        self._begin()
 
-    def add(self, loss: float, norm: float, rate: float, clips: int) -> None:
-        """Note one step."""
-        self.losses.append(loss)
-        self.norm, self.rate = norm, rate
-        self.clips += clips
-
-    def write(self, step: int) -> None:
-        """Write what came since the last line."""
-        values = {
-            "loss": sum(self.losses) / len(self.losses),
-            "learning_rate": self.rate,
-            "gradient_norm": self.norm,
-            "clips_per_s": self.clips / (time.monotonic() - self.since),
-        }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        logger.info(
-            "step %d of %d  loss %.4f  rate %.2e  gradient %.2f  %.0f clips/s",
-            *(step, self.total_steps, *values.values()),
-        )
-        self._begin()
-
-    def _begin(self) -> None:
-        self.losses: list[float] = []
-        self.clips, self.since = 0, time.monotonic()
+def shard(model: MaskedAutoencoder | MaskedModel, place: Place) -> None:
+    """Share out a model's parameters, gradients and optimiser state over all processes (FSDP2), block by block."""
+    mesh = init_device_mesh(place.device.type, (place.processes,))
+    blocks = [*model.encoder.blocks, *(model.decoder.blocks if isinstance(model, MaskedAutoencoder) else ())]
+    for part in (*blocks, model):
+        fully_shard(part, mesh=mesh)
 
 
 # Settings that may change between two sittings of a run, because they do not change its result.
-_FREE_SETTINGS = {"workers", "log_every", "save_every", "keep_last", "milestone_every", "max_hours"}
+_FREE_SETTINGS = {
+    *("workers", "log_every", "save_every", "keep_last", "milestone_every", "max_hours"),
+    *("held_out_every", "held_out_clips", "picture_every"),
+}
 
 
 def read_run_config(run: Path) -> RunConfig:
@@ -290,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, type=Path, help="YAML file, such as training/configs/mae_tiny.yaml")
     parser.add_argument("--data", required=True, type=Path, help="directory that training.prepare wrote")
     parser.add_argument("--out", required=True, type=Path, help="directory of the run")
+    parser.add_argument("--held-out", type=Path, metavar="SHARDS", help="shards to test on while it trains")
     parser.add_argument("--max-hours", type=float, help="stop and save after this long (max_hours=...)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
@@ -301,7 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.max_hours is not None:
             config = dataclasses.replace(config, max_hours=options.max_hours)
         settle_config(config, options.out, write=place.leads)
-        trainer = Trainer(config, ShardIndex.open(options.data), options.out, place)
+        held_out = None if options.held_out is None else ShardIndex.open(options.held_out)
+        trainer = Trainer(config, ShardIndex.open(options.data), options.out, place, held_out)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return BAD_USAGE

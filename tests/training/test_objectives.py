@@ -23,7 +23,7 @@ def released_model(name, released):
     state = {f"encoder.{key}": tensor for key, tensor in encoder.items()}
     tensors = read_released_tensors(path)
     if name in MASKED_MODELS:
-        model = MaskedModel(config)
+        model = MaskedModel(config, mask_positions=False)
         state["mask_token"] = tensors["mask_token"].flatten()
         state.update({f"head.{key[5:]}": tensor for key, tensor in tensors.items() if key.startswith("pred.")})
     else:
@@ -97,6 +97,20 @@ def test_masked_patches_cannot_be_seen(family):
     changed[0, 4 * step : 4 * step + 4, 16 * row : 16 * row + 16] += 5
     with torch.no_grad():
         torch.testing.assert_close(model(changed, masking).patches, model(logmel, masking).patches)
+
+
+def test_without_positions_attention_predicts_the_same_for_all_masked_patches():
+    torch.manual_seed(0)
+    masking = random_masking(torch.rand(1, 250), 0.5)
+    logmel = torch.randn(1, 200, 80)
+    spread = {}
+    for mask_positions in (False, True):
+        model = MaskedModel(TransformerConfig("ssast", dim=48, depth=2, heads=3), mask_positions)
+        model.reset_parameters()
+        with torch.no_grad():
+            masked = model(logmel, masking).patches[masking.mask > 0]
+        spread[mask_positions] = masked.std(dim=0).mean().item()
+    assert spread[False] < 1e-6 < 1e-2 < spread[True]
 
 
 def test_the_loss_covers_masked_patches_only():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,18 +17,32 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
+from tensorboardX.proto import event_pb2
 
 import hear_audiomaepp
 import hear_axlstm
+from hear_encoders.patches import patchify
 from training import checkpoints, export, prepare, pretrain
 from training.config import load_run_config
 from training.data import Crops, RowBatches, crop_loader
+from training.held_out import FixedCrops
+from training.objectives import count_clip_flop
+from training.pictures import main as pictures_main
 from training.shards import ShardIndex
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"
+CPU = pretrain.Place(0, 1, torch.device("cpu"))
 FAMILIES = ["audiomaepp", "mae", "axlstm", "ssast"]
-SMALL = ["encoder.dim=48", "encoder.depth=1", "batch_size=8", "max_steps=12", "warmup_steps=2", "workers=0"]
+SMALL = [
+    "encoder.dim=48",
+    "encoder.depth=1",
+    "batch_size=8",
+    "max_steps=12",
+    "warmup_steps=2",
+    "workers=0",
+    "picture_every=null",
+]
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +53,21 @@ def shards(tmp_path_factory):
         seconds = np.arange(4 * 16000) / 16000
         tone = np.sin(2 * np.pi * (200 + 150 * number) * seconds * (1 + 0.1 * number * seconds))
         soundfile.write(folder / f"{number}.wav", 0.3 * tone, 16000)
+    output = tmp_path_factory.mktemp("shards") / "out"
+    assert prepare.main([str(folder), str(output), "--jobs", "1"]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def eight_clips(tmp_path_factory):
+    """Shards of eight clips of 2 s, each of its own harmonics and rhythm."""
+    folder = tmp_path_factory.mktemp("clips")
+    seconds = np.arange(2 * 16000) / 16000
+    for number in range(8):
+        pitch = (150 + 120 * number) * (1 + 0.05 * number * seconds)
+        tone = sum(np.sin(2 * np.pi * harmonic * pitch * seconds) / harmonic for harmonic in range(1, 8))
+        beat = 0.6 + 0.4 * np.sign(np.sin(2 * np.pi * (1 + number) * seconds))
+        soundfile.write(folder / f"{number}.wav", 0.1 * tone * beat, 16000)
     output = tmp_path_factory.mktemp("shards") / "out"
     assert prepare.main([str(folder), str(output), "--jobs", "1"]) == 0
     return output
@@ -71,9 +101,39 @@ def train(family, shards, out, *overrides, launcher=(sys.executable,)):
     return load_file(checkpoints.latest(out) / "model.safetensors")
 
 
+def read_log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 def assert_same_bits(one, other):
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_close(weights, expected):
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eight_clips_are_learnt_better_than_by_interpolating_them(family, eight_clips, tmp_path):
+    overrides = [
+        *("encoder.dim=96", "encoder.depth=2", "batch_size=8", "max_steps=500", "warmup_steps=20", "clip_grad=1"),
+        *("encoder.patches.patch_frames=8", "base_lr=0.032", "workers=0", "held_out_every=500", "held_out_clips=8"),
+        "picture_every=null",
+    ]
+    if family != "axlstm":
+        overrides.append("encoder.heads=3")
+    if family in ("audiomaepp", "mae"):
+        overrides += ["decoder.dim=96", "decoder.depth=2", "decoder.heads=3"]
+    config = load_run_config(CONFIGS / f"{family}_tiny.yaml", overrides)
+    index = ShardIndex.open(eight_clips)
+    assert pretrain.Trainer(config, index, tmp_path, CPU, held_out=index).fit()
+    first, last = [line for line in read_log(tmp_path) if "held_out_loss" in line]
+    assert first["step"] == 0 and first["held_out_loss"] > first["held_out_mean"]  # knows nothing yet
+    assert last["held_out_loss"] < 0.5 * last["held_out_mean"]
+    assert last["held_out_loss"] < last["held_out_interpolation"] < last["held_out_mean"]
 
 
 @pytest.mark.slow
@@ -96,15 +156,14 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(sha
         kills += 1
         assert all((path / "state.pt").exists() for path in (tmp_path / "killed").glob("checkpoint-*"))
     assert_same_bits(train("audiomaepp", shards, tmp_path / "killed", *overrides), expected)
-    lines = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60]
+    assert [line["step"] for line in read_log(tmp_path / "killed")] == [10, 20, 30, 40, 50, 60]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(family, shards, tmp_path):
     def trainer(out, *overrides):
         config = load_run_config(CONFIGS / f"{family}_tiny.yaml", [*small(family), *overrides])
-        return pretrain.Trainer(config, ShardIndex.open(shards), out, pretrain.Place(0, 1, torch.device("cpu")))
+        return pretrain.Trainer(config, ShardIndex.open(shards), out, CPU)
 
     whole = trainer(tmp_path / "whole")
     assert whole.fit()
@@ -115,18 +174,34 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(family, shards, tmp_pat
     assert_same_bits(second.model.state_dict(), whole.model.state_dict())
 
 
-def test_two_processes_match_one_on_the_same_global_batch(shards, tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    one = train("axlstm", shards, tmp_path / "one")
-    two = train("axlstm", shards, tmp_path / "two", "save_every=5", launcher=launcher)
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@pytest.mark.parametrize(("family", "overrides"), [("axlstm", ()), ("audiomaepp", ("fsdp=true", "accumulate=2"))])
+def test_two_processes_match_one_on_the_same_global_batch(family, overrides, shards, tmp_path):
+    one = train(family, shards, tmp_path / "one", "clip_grad=1")
+    two = train(family, shards, tmp_path / "two", "clip_grad=1", "save_every=5", *overrides, launcher=TWO_PROCESSES)
+    assert_close(two, one)
+
+
+@pytest.mark.parametrize("overrides", [(), ("fsdp=true",)])
+def test_two_processes_go_on_where_they_were_stopped(overrides, shards, tmp_path):
+    one = train("ssast", shards, tmp_path / "one")
+    train("ssast", shards, tmp_path / "two", "max_hours=1e-9", *overrides, launcher=TWO_PROCESSES)
+    assert checkpoints.steps_saved(tmp_path / "two") == [1]
+    assert_close(train("ssast", shards, tmp_path / "two", *overrides, launcher=TWO_PROCESSES), one)
+
+
+def test_sharing_out_a_model_needs_processes(shards, tmp_path, capsys):
+    assert pretrain.main(command("mae", shards, tmp_path, "fsdp=true")[2:]) == 2
+    assert "start with torchrun" in capsys.readouterr().err
+    assert pretrain.main(command("mae", shards, tmp_path / "half", "fsdp=true", "precision=float16")[2:]) == 2
+    assert "use bfloat16" in capsys.readouterr().err
 
 
 def test_accumulated_parts_match_the_whole_batch(shards, tmp_path):
     one, parts = train("mae", shards, tmp_path / "one"), train("mae", shards, tmp_path / "parts", "accumulate=4")
-    for name in one:
-        torch.testing.assert_close(parts[name], one[name], rtol=0, atol=1e-5)
+    assert_close(parts, one)
 
 
 def test_sigterm_saves_and_exits_cleanly(shards, tmp_path):
@@ -163,6 +238,90 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it_saved(shards, 
 def test_half_precision_trains(precision, shards, tmp_path):
     weights = train("axlstm", shards, tmp_path, f"precision={precision}")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_trains_as_the_plain_one(shards, tmp_path):
+    one, compiled = train("mae", shards, tmp_path / "one"), train("mae", shards, tmp_path / "compiled", "compile=true")
+    assert_close(compiled, one)
+
+
+def read_tensorboard(run):
+    """Events of a run: (step, tag) of scalars and pictures, and the values of the scalars."""
+    scalars, pictures = {}, set()
+    for path in sorted((run / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # records: length, its checksum, an event, its checksum
+            length = int.from_bytes(data[:8], "little")
+            event, data = event_pb2.Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            for value in event.summary.value:
+                if value.HasField("image"):
+                    pictures.add((event.step, value.tag))
+                else:
+                    scalars[event.step, value.tag] = value.simple_value
+    return scalars, pictures
+
+
+def test_a_run_shows_its_progress_on_held_out_records_and_in_tensorboard(shards, eight_clips, tmp_path):
+    more = ["log_every=2", "max_steps=4", "held_out_every=2", "held_out_clips=5", "picture_every=2", "accumulate=2"]
+    arguments = [*command("mae", shards, tmp_path, *more)[2:], "--held-out", str(eight_clips)]
+    assert pretrain.main(arguments) == 0
+    lines = read_log(tmp_path)
+    training, held_out = ([line for line in lines if key in line] for key in ("loss", "held_out_loss"))
+    assert [line["step"] for line in training] == [2, 4]
+    assert [(line["step"], line["clips"]) for line in held_out] == [(0, 0), (2, 16), (4, 32)]
+    scalars, pictures = read_tensorboard(tmp_path)
+    for line in lines:
+        for name in line.keys() - {"step", "clips"}:
+            assert scalars[line["step"], name] == pytest.approx(line[name], rel=1e-6)
+    assert {"loss", "learning_rate", "gradient_norm", "clips_per_s", "mfu"} < training[0].keys()
+    assert 0 < training[0]["mfu"] < 1
+    assert pictures == {(0, "reconstruction"), (2, "reconstruction"), (4, "reconstruction")}
+    for step in (0, 2, 4):
+        assert (tmp_path / "pictures" / f"step-{step:08d}.png").read_bytes().startswith(b"\x89PNG")
+    # The error is that of the weights that were saved, on the same crops and masks.
+    config, index = pretrain.read_run_config(tmp_path), ShardIndex.open(eight_clips)
+    model = pretrain.build_model(config)
+    model.load_state_dict(load_file(checkpoints.latest(tmp_path) / "model.safetensors"))
+    fixed = FixedCrops(index, config, 5)
+    assert fixed.error(fixed.predict(model, CPU.device)) == pytest.approx(held_out[-1]["held_out_loss"], abs=1e-5)
+    assert pictures_main([str(tmp_path / "curve.png"), str(tmp_path)]) == 0
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_a_run_without_held_out_records_are_an_error(shards, tmp_path, capsys):
+    assert pictures_main([str(tmp_path / "curve.png"), str(tmp_path / "nothing")]) == 2
+    train("mae", shards, tmp_path / "run")
+    assert pictures_main([str(tmp_path / "curve.png"), str(tmp_path / "run")]) == 2
+    assert "was trained without --held-out" in capsys.readouterr().err
+
+
+def test_baselines_are_those_of_the_visible_patches(eight_clips):
+    config = load_run_config(CONFIGS / "mae_tiny.yaml")
+    fixed = FixedCrops(ShardIndex.open(eight_clips), config, 8)
+    seen = fixed.masking.mask == 0
+    errors = []
+    for patches, visible in zip(fixed.target, seen):
+        errors.append((patches[~visible] - patches[visible].mean()).square().mean().item())
+    assert fixed.baselines.mean == pytest.approx(np.mean(errors), rel=1e-4)
+    # What changes along the bands only is known from any visible patch of the same bands.
+    fixed = FixedCrops(ShardIndex.open(eight_clips), config, 8)
+    fixed.logmel = torch.linspace(-1, 1, 80).expand(8, 200, 80).contiguous()
+    fixed.target = patchify(fixed.logmel, config.encoder.patches)
+    assert fixed.baselines.interpolation < 0.01 * fixed.baselines.mean
+
+
+def test_a_clips_flop_are_those_of_the_matmuls():
+    overrides = ["encoder.dim=64", "encoder.depth=2", "encoder.heads=2"]
+    config = load_run_config(CONFIGS / "ssast_tiny.yaml", overrides)
+    dim, tokens, patches = 64, 251, 250
+    block = 2 * tokens * dim * (3 * dim + dim + 2 * 4 * dim)
+    attention = 2 * 2 * tokens * tokens * dim
+    ends = 2 * patches * 64 * dim  # projection of patches, whose input needs no gradient
+    head = 2 * patches * (dim * dim + dim * 64)
+    expected = 2 * (3 * block + attention + 2.5 * attention) + 2 * ends + 3 * head  # its backward pass recomputes
+    assert count_clip_flop(config) == pytest.approx(expected, rel=0.01)
 
 
 def test_checkpoints_are_kept_as_asked(shards, tmp_path):

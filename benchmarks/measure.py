@@ -1,0 +1,120 @@
+"""What the benchmarks share: taking turns, memory, the machine's matmul rate, tables."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from training.flops import MATMUL_SIZE
+
+LEAST_TURNS = 3
+CELL_SECONDS = 1.0  # turns go on at least this long
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Run A B C A B C ...; return each one's median time in seconds. Warming up is the caller's part."""
+    times: list[list[float]] = [[] for _ in calls]
+    first = time.perf_counter()
+    while len(times[0]) < LEAST_TURNS or time.perf_counter() - first < CELL_SECONDS:
+        for call, taken in zip(calls, times):
+            synchronize(device)
+            begin = time.perf_counter()
+            call()
+            synchronize(device)
+            taken.append(time.perf_counter() - begin)
+    return [median(taken) for taken in times]
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Most memory held while `call` runs; None where the system does not tell.
+
+    On CUDA what torch has allocated; on a CPU (Linux) all resident memory of the process, Python, torch's
+    libraries and the weights included.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # where the C library is not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls freed would still count as resident
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+        call()
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(kilobytes)
+
+
+class Matmul:
+    """Square matmul in the dtype under test: the rate that nothing here can exceed."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.size = MATMUL_SIZE[device.type]
+        self.flop = 2 * self.size**3
+        self.a, self.b = torch.randn(2, self.size, self.size, device=device).to(dtype)
+
+    def __call__(self) -> Tensor:
+        return self.a @ self.b
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads as plain text.
+
+    A row whose cells after some point are empty is a remark: it runs over the columns it leaves empty, and does not
+    widen its own.
+    """
+    measured = [row for row in rows if row[-1]]
+    names = max(len(name) for name in [columns[0], *(row[0] for row in rows)])
+    widths = [names] + [max(len(cell) for cell in column) for column in list(zip(columns, *measured))[1:]]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:])]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    return "\n".join(line(cells) for cells in [columns, rule, *rows])
+
+
+def format_machine(device: torch.device) -> str:
+    """Lines that name the machine and the software."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    lines = [f"- CPU: {cpu_name()}, {cores} cores, {torch.get_num_threads()} threads"]
+    if device.type == "cuda":
+        lines.append(f"- GPU: {torch.cuda.get_device_name(device)}")
+    lines.append(f"- torch {torch.__version__} on {device}, Python {platform.python_version()}")
+    return "\n".join(lines)
