@@ -161,9 +161,9 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         target = values
         *parents, last = key.split(".")
         for parent in parents:
-            if not isinstance(target.get(parent), dict):
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
                 raise ValueError(f"{override!r}: {parent!r} is no group of keys")
-            target = target[parent]
         target[last] = yaml.safe_load(text)
     return run_config_from_dict(values, str(path))
 

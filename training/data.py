@@ -41,18 +41,27 @@ class Crops(Dataset):
         self.normalize = normalize
         self.seed = seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._last: tuple[int, tuple[np.ndarray, float, float]] = (-1, (np.empty((0, 0)), 0.0, 0.0))
 
     def __getitem__(self, row: int) -> Tensor:
         """Return the crop of a row: (frames, 80) float32."""
         place = row // self.crops_per_record
-        record = self.index.read(self.record_at(place)).astype(np.float32)
-        if self.normalize == "record":
-            record = _normalized(record)
+        if place != self._last[0]:  # rows that share a record come one after another
+            self._last = (place, self._record(place))
+        record, mean, std = self._last[1]
+        first = hash_seed(self.seed, _CROP, row) % (len(record) - self.frames + 1)
+        crop = record[first : first + self.frames].astype(np.float32)
+        if self.normalize == "crop":
+            mean, std = _statistics(crop)
+        return torch.from_numpy((crop - np.float32(mean)) / np.float32(std + STD_OFFSET))
+
+    def _record(self, place: int) -> tuple[np.ndarray, float, float]:
+        """The record at a place, at least as long as a crop, with its mean and standard deviation."""
+        record = self.index.read(self.record_at(place))
+        mean, std = (0.0, 0.0) if self.normalize == "crop" else _statistics(record.astype(np.float32))
         if len(record) < self.frames:
             record = np.tile(record, (-(-self.frames // len(record)), 1))
-        first = hash_seed(self.seed, _CROP, row) % (len(record) - self.frames + 1)
-        crop = record[first : first + self.frames]
-        return torch.from_numpy(crop if self.normalize == "record" else _normalized(crop))
+        return record, mean, std
 
     def record_at(self, place: int) -> int:
         """Which record stands at a place of the endless order."""
@@ -102,10 +111,10 @@ def crop_loader(crops: Crops, batches: RowBatches, workers: int, pin_memory: boo
     )
 
 
-def _normalized(logmel: np.ndarray) -> np.ndarray:
-    """As `hear_encoders.frontend.normalize` does, over the whole array.
+def _statistics(logmel: np.ndarray) -> tuple[float, float]:
+    """Mean and unbiased standard deviation over an array, as `hear_encoders.frontend.normalize` uses them.
 
     In numpy, whose sums do not depend on the number of threads: reading in a worker, which has one, must give the same
     bits as reading in the training process.
     """
-    return (logmel - logmel.mean()) / (logmel.std(ddof=1) + STD_OFFSET)
+    return float(logmel.mean()), float(logmel.std(ddof=1))

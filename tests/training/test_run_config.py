@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from hear_encoders import PRESETS
+from hear_encoders.config import PatchConfig
 from training.config import RunConfig, learning_rate_factor, load_run_config, run_config_from_dict
-from training.pretrain import build_model, parameter_groups
+from training.objectives import build_model, count_clip_flop
+from training.pretrain import parameter_groups
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -53,6 +55,21 @@ def test_ablations_differ_from_the_model_in_what_they_ablate(name, changes):
     assert load_run_config(CONFIGS / f"{name}.yaml").encoder == dataclasses.replace(PRESETS["axlstm_tiny"], **changes)
 
 
+def test_overrides_reach_groups_that_the_file_leaves_to_their_defaults():
+    config = load_run_config(CONFIGS / "mae_tiny.yaml", ["encoder.patches.patch_frames=8"])
+    assert config.encoder.patches == PatchConfig(patch_frames=8)
+
+
+def test_small_machines_have_a_config_per_family_with_the_papers_tiny_encoder():
+    for family in ("audiomaepp", "axlstm", "mae", "ssast"):
+        config, paper = (load_run_config(CONFIGS / f"{family}_tiny{suffix}.yaml") for suffix in ("_cpu", ""))
+        assert config.encoder == paper.encoder and config.mask_ratio == paper.mask_ratio
+        assert config.batch_size == 16
+        if config.decoder is not None:  # lighter, and so is the step
+            assert config.decoder.depth < paper.decoder.depth and config.decoder.dim < paper.decoder.dim
+            assert count_clip_flop(config) < 0.35 * count_clip_flop(paper)
+
+
 def test_ablations_of_patches_rope_and_decoder():
     def config(name):
         return load_run_config(CONFIGS / f"{name}.yaml")
@@ -89,7 +106,8 @@ def test_overrides_change_nested_values_too():
         ("crops_per_record=3", "crops_per_record = 3 must divide batch_size = 1024"),
         ("encoder.heads=5", "heads = 5 must divide dim = 192"),
         ("batch_size", "expected key=value, got 'batch_size'"),
-        ("nothing.here=1", "'nothing' is no group of keys"),
+        ("nothing.here=1", "unknown key 'nothing'"),
+        ("mask_ratio.here=1", "'mask_ratio' is no group of keys"),
     ],
 )
 def test_a_mistaken_override_is_named(override, message):
