@@ -55,29 +55,29 @@ def reconstruction_figure(logmel: np.ndarray, seen: np.ndarray, predicted: np.nd
 
 
 def held_out_figure(logs: dict[str, list[dict]]) -> Figure:
-    """Held-out error against steps, one line per run, and the baselines as far as they differ.
+    """Held-out error against clips trained on, one line per run.
+
+    Runs whose baselines differ, as with another mask ratio, do not compare: each kind has a panel of its own.
 
     Args:
         logs: lines of a run's log.jsonl, by the run's name.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.subplots()
-    baselines: dict[tuple[str, float], list[str]] = {}
+    panels: dict[tuple[float, float], dict[str, list[dict]]] = {}
     for name, lines in logs.items():
         points = [line for line in lines if "held_out_loss" in line]
-        (line,) = axis.plot(
-            [point["clips"] for point in points], [point["held_out_loss"] for point in points], label=name
-        )
-        for key in ("mean", "interpolation"):
-            value = round(points[-1][f"held_out_{key}"], 3)
-            baselines.setdefault((key, value), []).append(line.get_color())
-    for (key, value), _ in baselines.items():
-        axis.axhline(value, color="0.4", linestyle="--" if key == "mean" else ":")
-        axis.annotate(
-            f"{key} {value:.3f}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.3"
-        )
-    axis.set(xlabel="clips of 2 s trained on", ylabel="mean squared error of masked patches, held out")
-    axis.legend()
+        baselines = (points[-1]["held_out_mean"], points[-1]["held_out_interpolation"])
+        panels.setdefault(baselines, {})[name] = points
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (baselines, runs) in zip(axes, panels.items()):
+        for name, points in runs.items():
+            clips, errors = ([point[key] for point in points] for key in ("clips", "held_out_loss"))
+            axis.plot(clips, errors, label=f"{name}: {errors[-1]:.3f}")
+        for what, value, style in zip(("mean of what is visible", "interpolation"), baselines, ("--", ":")):
+            axis.axhline(value, color="0.3", linestyle=style, label=f"{what}: {value:.3f}")
+        axis.set(xlabel="clips of 2 s trained on", ylim=(0, 1.2 * max(baselines)))
+        axis.legend()
+    axes[0].set_ylabel("squared error of masked patches, held out")
     return figure
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from training import debian
+from training.corpora import archive, recordings
 from training.evaluation.open_tasks import __main__ as command
 from training.evaluation.open_tasks import fluidsynth, onsets, recorded, rendered, sources, speakers
 from training.evaluation.open_tasks.folder import Clip, Task, check_clips, write_task
@@ -102,7 +102,7 @@ def test_every_source_is_a_path_in_a_package():
     for recipe in command.RECIPES.values():
         paths = recipe.sources()
         assert all("/" in path and ".." not in path for path in paths)
-        assert all(debian._NAME.fullmatch(package) for package in sources.packages_of(paths))
+        assert all(archive._NAME.fullmatch(package) for package in recordings.packages_of(paths))
 
 
 # ---- descriptions ----
@@ -185,8 +185,8 @@ def test_notes_that_a_sound_font_does_not_have_are_left_out(tmp_path, monkeypatc
     def fake_render(notes, program, sound_font, seconds, synthesizer):
         return [np.zeros(2 * RATE, np.float32) if note > 60 else 0.02 * tone(2.0) for note in notes]
 
-    monkeypatch.setattr(debian, "fetch", lambda packages, cache: {name: Path(name) for name in packages})
-    monkeypatch.setattr(debian, "locate", lambda folder, path: Path(path))
+    monkeypatch.setattr(archive, "fetch", lambda packages, cache: {name: Path(name) for name in packages})
+    monkeypatch.setattr(archive, "locate", lambda folder, path: Path(path))
     monkeypatch.setattr(rendered, "synthesizer_packages", lambda: ["fluidsynth"])
     monkeypatch.setattr(rendered, "render", fake_render)
     clips = rendered.rendered_clips("pitch", tmp_path, jobs=2)
@@ -302,8 +302,8 @@ def test_silence_at_the_edges_is_cut_off():
 def test_a_voice_speaks_for_two_seconds_at_a_fixed_level(cache):
     short = [add_sound(cache, f"word{i}.wav", 0.01 * (i + 1) * tone(0.7)) for i in range(4)]
     long = [add_sound(cache, "sentence.wav", tone(9.0))]
-    for recordings in (short, long):
-        said = speakers.utterance(recordings, 0.4, cache)
+    for prompts in (short, long):
+        said = speakers.utterance(prompts, 0.4, cache)
         assert said.shape == (2 * RATE,)
         assert np.sqrt(np.mean(said**2)) == pytest.approx(1, rel=1e-5)
     with pytest.raises(ValueError, match=r"word0\.wav and the 1 after it are shorter than 2\.0 s"):
@@ -327,7 +327,7 @@ def test_members_of_archives_are_read(cache):
     soundfile.write(wav, tone(0.5), RATE, format="WAV")
     with zipfile.ZipFile(cache / "toys" / "data.pk3", "w") as opened:
         opened.writestr("sound/beep.wav", wav.getvalue())
-    assert sources.read_recording("toys/data.pk3.d/sound/beep.wav", cache) == pytest.approx(tone(0.5), abs=1e-4)
+    assert recordings.read_recording("toys/data.pk3.d/sound/beep.wav", cache) == pytest.approx(tone(0.5), abs=1e-4)
 
 
 def test_sounds_in_a_wad_are_read(cache):
@@ -337,12 +337,12 @@ def test_sounds_in_a_wad_are_read(cache):
     wad = struct.pack("<4sII", b"IWAD", 2, 12 + len(lump)) + lump
     wad += struct.pack("<II8s", 0, 0, b"START") + struct.pack("<II8s", 12, len(lump), b"DSBEEP")
     (cache / "toys" / "doom.wad").write_bytes(wad)
-    samples = sources.read_recording("toys/doom.wad.d/DSBEEP.wav", cache)
+    samples = recordings.read_recording("toys/doom.wad.d/DSBEEP.wav", cache)
     assert np.array_equal(samples, (values.astype(np.float32) - 128) / 128)
     with pytest.raises(FileNotFoundError, match="no lump DSBOOP"):
-        sources.read_recording("toys/doom.wad.d/DSBOOP.wav", cache)
+        recordings.read_recording("toys/doom.wad.d/DSBOOP.wav", cache)
     with pytest.raises(ValueError, match="START is not a sound"):
-        sources.wad_sound(wad, "START")
+        recordings.wad_sound(wad, "START")
 
 
 def test_samples_of_a_sound_font_are_read(cache):
@@ -358,10 +358,10 @@ def test_samples_of_a_sound_font_are_read(cache):
     shdr = header(b"kick", 0, 600) + header(b"snare", 646, 946) + header(b"EOS", 0, 0)
     body += chunk(b"LIST", b"pdta" + chunk(b"phdr", b"\0" * 38) + chunk(b"shdr", shdr))
     (cache / "toys" / "Kit.sf2").write_bytes(chunk(b"RIFF", body))
-    samples = sources.read_recording("toys/extracted/Kit/00001_k060_snare.flac", cache)
+    samples = recordings.read_recording("toys/extracted/Kit/00001_k060_snare.flac", cache)
     assert np.array_equal(samples, values[646:946].astype(np.float32) / 32768)
     with pytest.raises(ValueError, match="sample 0 of the sound font is called 'kick', expected 'snare'"):
-        sources.read_recording("toys/extracted/Kit/00000_k060_snare.flac", cache)
+        recordings.read_recording("toys/extracted/Kit/00000_k060_snare.flac", cache)
 
 
 def test_an_ogg_stream_in_a_wav_file_is_read(cache):
@@ -371,18 +371,18 @@ def test_an_ogg_stream_in_a_wav_file_is_read(cache):
     form = struct.pack("<HHIIHH", 0x674F, 1, RATE, RATE, 1, 16)
     body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
     (cache / "toys" / "beep.ogg").write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
-    assert sources.read_recording("toys/beep.ogg", cache) == pytest.approx(tone(0.5), abs=0.05)
+    assert recordings.read_recording("toys/beep.ogg", cache) == pytest.approx(tone(0.5), abs=0.05)
 
 
 def test_what_is_not_audio_stays_an_error(cache):
     (cache / "toys" / "beep.wav").write_bytes(b"RIFF\0\0\0\0WAVEdata\2\0\0\0no")
     with pytest.raises(ValueError, match=r"beep\.wav"):
-        sources.read_recording("toys/beep.wav", cache)
+        recordings.read_recording("toys/beep.wav", cache)
 
 
 def test_without_pyav_the_error_comes_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setattr(debian, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(archive, "fetch", lambda *_: pytest.fail("fetched"))
     assert command.main([str(tmp_path / "tasks"), "--tasks", "speaker_count", "--cache", str(tmp_path)]) == 1
     assert "takes PyAV: pip install av" in capsys.readouterr().err
 
@@ -512,7 +512,7 @@ def toy_recipes(cache, monkeypatch):
 def test_a_finished_task_is_skipped(toy_recipes, cache, tmp_path, monkeypatch, capsys):
     arguments = [str(tmp_path / "tasks"), "--tasks", "toy", "--cache", str(cache)]
     assert command.main(arguments) == 0
-    monkeypatch.setattr(debian, "fetch", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(archive, "fetch", lambda *_: pytest.fail("fetched again"))
     assert command.main(arguments) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == str(tmp_path / "tasks" / "toy-v1.0.0-full")

@@ -1,1 +1,8 @@
-"""The papers' evaluation: HEAR tasks and open tasks with hear-eval-kit, and a report of it."""
+"""Evaluation of HEAR modules as in the papers.
+
+    run, kit, environment   hear-eval-kit on a directory of HEAR tasks, seed by seed, in an environment of its own
+    baselines               HEAR modules to compare with
+    aggregate               means, intervals, the papers' score s(m); published.csv has the papers' rows
+    report*                 a page, tables and CSV files of results
+    open_tasks/             small HEAR tasks from freely licensed recordings; tasks/ has their lists
+"""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from training import debian
+from training.corpora import archive
+from training.corpora.recordings import check_decoders, packages_of
 from training.evaluation.open_tasks.folder import Clip, Task, write_task
 from training.evaluation.open_tasks.onsets import onsets_clips, onsets_sources, onsets_task
 from training.evaluation.open_tasks.recorded import recorded_clips, recorded_sources, recorded_task
 from training.evaluation.open_tasks.rendered import rendered_clips, rendered_sources, rendered_task
-from training.evaluation.open_tasks.sources import check_decoders, packages_of
 from training.evaluation.open_tasks.speakers import speakers_clips, speakers_sources, speakers_task
 
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes, as of hear-embed
@@ -73,7 +72,7 @@ def build(name: str, out_dir: Path, cache: Path, jobs: int = 1) -> tuple[Path, b
     sources = recipe.sources()
     check_decoders(sources)
     packages = packages_of(sources)
-    debian.fetch(packages, cache)
+    archive.fetch(packages, cache)
     return write_task(out_dir, task, recipe.clips(cache, jobs), packages, cache, jobs), True
 
 
@@ -93,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="TASK",
         help=f"only these of {', '.join(RECIPES)}",
     )
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="unpacked packages (default: %(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=archive.default_cache(), help="unpacked packages (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="threads that make clips (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -113,11 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: interrupted; the same command goes on", file=sys.stderr)
         return INTERRUPTED
     return FAILED if failed else 0
-
-
-def default_cache() -> Path:
-    """Where fetched packages go if nothing else is said."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hear-audiomaepp" / "debian"
 
 
 if __name__ == "__main__":

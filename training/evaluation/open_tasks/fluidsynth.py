@@ -21,7 +21,7 @@ import soundfile
 import soxr
 
 from hear_encoders.frontend import SAMPLE_RATE
-from training import debian
+from training.corpora import archive
 
 PACKAGE = "fluidsynth"
 RENDER_RATE = 3 * SAMPLE_RATE
@@ -37,7 +37,7 @@ _TICKS_PER_S = 1000  # 500 per quarter note at 120 quarter notes a minute
 
 def synthesizer_packages() -> list[str]:
     """FluidSynth and the libraries that it needs."""
-    return [PACKAGE, *(name for name in debian.dependencies(PACKAGE) if _LIBRARY.fullmatch(name))]
+    return [PACKAGE, *(name for name in archive.dependencies(PACKAGE) if _LIBRARY.fullmatch(name))]
 
 
 def render(

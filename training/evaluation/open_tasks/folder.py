@@ -31,7 +31,7 @@ import soundfile
 from tqdm import tqdm
 
 from hear_encoders.frontend import SAMPLE_RATE
-from training import debian
+from training.corpora import archive
 
 Label = str | dict[str, Any]  # of a scene; of an event: label, start, end (ms)
 
@@ -139,7 +139,7 @@ def write_task(
         task: its description.
         clips: all of its clips.
         packages: what they come from.
-        cache: of `training.debian`; holds the packages.
+        cache: of `training.corpora.archive`; holds the packages.
         jobs: threads that make clips.
 
     Returns:
@@ -213,10 +213,10 @@ def _write_licences(folder: Path, task: Task, packages: Sequence[str], cache: Pa
     ]
     (folder / "licences").mkdir()
     for package in sorted(packages):
-        text = debian.licence_text(package, cache)
+        text = archive.licence_text(package, cache)
         _write_text(folder / "licences" / f"{package}.txt", text)
-        names = ", ".join(debian.licence_names(text)) or "see its copyright file"
-        lines.append(f"| {package} | {debian.version(package, cache)} | {names.replace('|', '/')} |")
+        names = ", ".join(archive.licence_names(text)) or "see its copyright file"
+        lines.append(f"| {package} | {archive.version(package, cache)} | {names.replace('|', '/')} |")
     _write_text(folder / "LICENCES.md", "\n".join(lines) + "\n")
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from hear_encoders.frontend import SAMPLE_RATE
+from training.corpora.recordings import read_recording
 from training.evaluation.open_tasks.folder import Clip, Label, Task
-from training.evaluation.open_tasks.sources import level, read_list, read_recording
+from training.evaluation.open_tasks.sources import level, read_list
 
 SECONDS = 10.0
 CLIPS = {"train": 150, "valid": 50, "test": 100}

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from training.corpora.recordings import read_recording
 from training.evaluation.open_tasks.folder import Clip, Task
-from training.evaluation.open_tasks.sources import clip_name, fit, level, read_list, read_recording
+from training.evaluation.open_tasks.sources import clip_name, fit, level, read_list
 
 SECONDS = {"drum_stroke": 1.0, "everyday_sounds": 2.0, "spoken_words": 1.25, "language_id": 3.0}
 
@@ -50,7 +51,7 @@ def recorded_clips(name: str, cache: Path) -> list[Clip]:
 
     Args:
         name: the task's.
-        cache: of `training.debian`; holds the packages.
+        cache: of `training.corpora.archive`; holds the packages.
     """
     return [
         Clip(

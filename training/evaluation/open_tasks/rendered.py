@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from training import debian
+from training.corpora import archive
 from training.evaluation.open_tasks.fluidsynth import render, synthesizer_packages
 from training.evaluation.open_tasks.folder import Clip, Task
 from training.evaluation.open_tasks.sources import level
@@ -123,10 +123,10 @@ def rendered_clips(name: str, cache: Path, jobs: int = 1) -> list[Clip]:
 
     Args:
         name: the task's.
-        cache: of `training.debian`; holds the sound fonts' packages, and gets FluidSynth's.
+        cache: of `training.corpora.archive`; holds the sound fonts' packages, and gets FluidSynth's.
         jobs: instruments rendered at a time.
     """
-    synthesizer = list(debian.fetch(synthesizer_packages(), cache).values())
+    synthesizer = list(archive.fetch(synthesizer_packages(), cache).values())
     instruments = [
         Instrument(split, font, program, deal_notes(font.name)[program])
         for split, programs in split_programs(name).items()
@@ -135,7 +135,7 @@ def rendered_clips(name: str, cache: Path, jobs: int = 1) -> list[Clip]:
     ]
 
     def render_one(instrument: Instrument) -> dict[int, np.ndarray]:
-        path = debian.locate(cache / instrument.font.package, instrument.font.path)
+        path = archive.locate(cache / instrument.font.package, instrument.font.path)
         rendered = render(instrument.notes, instrument.program, path, SECONDS, synthesizer)
         return {
             # As the clips will have them, which also takes half as much memory.

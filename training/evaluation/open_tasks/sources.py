@@ -1,10 +1,4 @@
-"""Recordings inside Debian's packages, as 16 kHz mono samples.
-
-A recording is named by its package and its path in it, `PACKAGE/PATH`. Most are audio files. Others have to be got
-out of a container first: a zip archive (`ARCHIVE.d/MEMBER`), Doom's WAD (`FILE.wad.d/LUMP.wav`), the samples of a
-sound font (`PACKAGE/extracted/FONT/NUMBER_kKEY_NAME.flac`: sample NUMBER of FONT.sf2), or a WAV file around an Ogg
-stream.
-"""
+"""What the tasks share: lists of recordings, and clips of one length and level from them."""
 
 from __future__ import annotations
 
@@ -14,30 +8,17 @@ import hashlib
 import io
 import os
 import re
-import struct
-from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
-import soundfile
-import soxr
 
-from hear_encoders.audio import load_audio
 from hear_encoders.frontend import SAMPLE_RATE
-from training import debian
 
 # Lists of what the tasks are made of.
 LISTS = Path(__file__).parents[1] / "tasks"
 
 # Peak of clips: almost full scale. Where a recording's level says only which package it is from, it is levelled out.
 PEAK = 0.9
-
-# What libsndfile does not read, and FFmpeg's name of the format.
-_AV_FORMATS = {".g722": "g722", ".wv": "wv"}
-
-_SOUND_FONT_SAMPLE = re.compile(r"extracted/(?P<font>[^/]+)/(?P<number>\d+)_k\d+_(?P<name>[^/]*)\.flac")
-_WAD_LUMP = re.compile(r"(?P<wad>.+\.wad)\.d/(?P<lump>[^/]{1,8})\.wav")
 
 
 def read_list(name: str) -> list[dict[str, str]]:
@@ -47,54 +28,6 @@ def read_list(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(io.StringIO(plain.read_text(encoding="utf-8"))))
     with gzip.open(plain.with_suffix(".csv.gz"), "rt", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def packages_of(recordings: Iterable[str]) -> list[str]:
-    """The packages that recordings are in, sorted."""
-    return sorted({recording.split("/", 1)[0] for recording in recordings})
-
-
-def check_decoders(recordings: Iterable[str]) -> None:
-    """Find out before anything is fetched whether recordings can be decoded here.
-
-    Raises:
-        ImportError: some are G.722 or WavPack, and PyAV is not installed.
-    """
-    needing = [recording for recording in recordings if Path(recording).suffix.lower() in _AV_FORMATS]
-    if needing:
-        _import_av(needing[0])
-
-
-def read_recording(recording: str, cache: Path) -> np.ndarray:
-    """Read `PACKAGE/PATH` from the cache of `training.debian`.
-
-    Returns:
-        (N,) float32 at 16 kHz, channels averaged.
-
-    Raises:
-        FileNotFoundError: it is not there. The lists are of Debian 12; another release may have moved it.
-        ValueError: it cannot be decoded.
-        ImportError: it is G.722 or WavPack, and PyAV is not installed.
-    """
-    package, path = recording.split("/", 1)
-    folder = cache / package
-    if match := _SOUND_FONT_SAMPLE.fullmatch(path):
-        fonts = sorted(folder.rglob(f"{match['font']}.sf2"))
-        if not fonts:
-            raise FileNotFoundError(f"package {package} holds no {match['font']}.sf2")
-        return _resample(*sound_font_sample(fonts[0].read_bytes(), int(match["number"]), match["name"]))
-    if match := _WAD_LUMP.fullmatch(path):
-        return _resample(*wad_sound(debian.locate(folder, match["wad"]).read_bytes(), match["lump"]))
-    file = debian.locate(folder, path)
-    if file.suffix.lower() in _AV_FORMATS:
-        return _resample(*_decode_with_av(file))
-    try:
-        return load_audio(file).numpy()
-    except ValueError:
-        samples = ogg_in_wav(file.read_bytes())
-        if samples is None:
-            raise
-        return _resample(*samples)
 
 
 def fit(samples: np.ndarray, seconds: float) -> np.ndarray:
@@ -113,93 +46,3 @@ def clip_name(recording: str) -> str:
     """A file name for a recording: readable, and unique by its hash."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(recording)[0])[-60:].strip("_")
     return f"{readable}-{hashlib.sha256(recording.encode()).hexdigest()[:8]}.wav"
-
-
-def sound_font_sample(data: bytes, number: int, name: str) -> tuple[np.ndarray, int]:
-    """Sample `number` of a sound font (SoundFont 2.01, 16 bits), which must be called `name`.
-
-    Returns:
-        (N,) float32, and the sample rate.
-    """
-    chunks = _riff_chunks(data)
-    if not {b"smpl", b"shdr"} <= chunks.keys():
-        raise ValueError("not a sound font: no samples (smpl) or no headers of samples (shdr)")
-    headers = list(struct.iter_unpack("<20sIIIIIBbHH", chunks[b"shdr"]))[:-1]  # the last one ends the list
-    if number >= len(headers):
-        raise ValueError(f"the sound font has {len(headers)} samples, got number {number}")
-    raw_name, start, end, _, _, rate, *_ = headers[number]
-    found = raw_name.split(b"\0")[0].decode("latin-1")
-    if found != name:
-        raise ValueError(f"sample {number} of the sound font is called {found!r}, expected {name!r}")
-    return np.frombuffer(chunks[b"smpl"], "<i2")[start:end].astype(np.float32) / 32768, rate
-
-
-def ogg_in_wav(data: bytes) -> tuple[np.ndarray, int] | None:
-    """Decode a WAV file whose data are a whole Ogg stream, which libsndfile refuses; None for another file."""
-    if data[:4] != b"RIFF" or not (ogg := _riff_chunks(data).get(b"data", b"")).startswith(b"OggS"):
-        return None
-    samples, rate = soundfile.read(io.BytesIO(ogg), dtype="float32", always_2d=True)
-    return samples.mean(axis=1), rate
-
-
-def _riff_chunks(data: bytes) -> dict[bytes, bytes]:
-    """The chunks of a RIFF file, those inside lists included."""
-    chunks: dict[bytes, bytes] = {}
-    ends = [len(data)]
-    at = 0
-    while at + 8 <= ends[-1]:
-        name, size = struct.unpack_from("<4sI", data, at)
-        if name in (b"RIFF", b"LIST"):
-            at += 12
-            continue
-        chunks[name] = data[at + 8 : at + 8 + size]
-        at += 8 + size + size % 2
-    return chunks
-
-
-def wad_sound(data: bytes, lump: str) -> tuple[np.ndarray, int]:
-    """A sound of a Doom WAD: unsigned 8-bit samples after a header, with 16 bytes of padding at either end.
-
-    Returns:
-        (N,) float32, and the sample rate.
-    """
-    kind, lumps, directory = struct.unpack_from("<4sII", data)
-    if kind not in (b"IWAD", b"PWAD"):
-        raise ValueError(f"not a WAD: it begins with {kind!r}")
-    for place, size, name in struct.iter_unpack("<II8s", data[directory : directory + 16 * lumps]):
-        if name.rstrip(b"\0") == lump.encode("ascii"):
-            form, rate, samples = struct.unpack_from("<HHI", data, place)
-            if form != 3 or not 32 < samples <= size - 8:
-                raise ValueError(f"lump {lump} is not a sound")
-            values = np.frombuffer(data, np.uint8, samples - 32, place + 8 + 16)
-            return (values.astype(np.float32) - 128) / 128, rate
-    raise FileNotFoundError(f"the WAD holds no lump {lump}")
-
-
-def _decode_with_av(path: Path) -> tuple[np.ndarray, int]:
-    av = _import_av(str(path))
-    blocks = []
-    try:
-        with av.open(str(path), format=_AV_FORMATS[path.suffix.lower()]) as container:
-            stream = container.streams.audio[0]
-            to_float = av.AudioResampler(format="fltp")
-            for frame in container.decode(stream):
-                blocks += [part.to_ndarray() for part in to_float.resample(frame)]  # (channels, samples)
-            rate = stream.codec_context.sample_rate
-    except av.FFmpegError as error:
-        raise ValueError(f"{path}: not readable as audio ({error})") from error
-    if not blocks:
-        raise ValueError(f"{path}: holds no samples")
-    return np.concatenate(blocks, axis=1).mean(axis=0), rate
-
-
-def _import_av(recording: str) -> ModuleType:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(f"decoding {recording} takes PyAV: pip install av") from error
-    return av
-
-
-def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    return samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE)

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from hear_encoders.frontend import SAMPLE_RATE
+from training.corpora.recordings import read_recording
 from training.evaluation.open_tasks.folder import Clip, Task
-from training.evaluation.open_tasks.sources import level, read_list, read_recording
+from training.evaluation.open_tasks.sources import level, read_list
 
 SECONDS = 2.0
 COUNTS = (1, 2, 3, 4)
@@ -85,7 +86,7 @@ def utterance(recordings: list[str], place: float, cache: Path) -> np.ndarray:
     Args:
         recordings: of the voice; as many as are needed are taken, from the first one on.
         place: between 0 and 1, which part to take if there is more than enough.
-        cache: of `training.debian`.
+        cache: of `training.corpora.archive`.
 
     Returns:
         `SECONDS` of samples with a root mean square of 1.

@@ -53,6 +53,11 @@ class Package:
     sha256: str
 
 
+def default_cache() -> Path:
+    """Where fetched packages go if nothing else is said."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hear-audiomaepp" / "debian"
+
+
 def describe(packages: Iterable[str]) -> dict[str, Package]:
     """Ask apt which version of each package it would take.
 

@@ -1,0 +1,279 @@
+"""Packages from the archive: fetched, checked, unpacked, found again; apt and dpkg are stood in for by scripts."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from training.corpora import archive, debian
+from training.evaluation.open_tasks.sources import read_list
+from training.shards import ShardIndex
+
+# `apt-cache show` and `apt-get download` from a folder, and a dpkg-deb whose packages are zip archives.
+APT_CACHE = """#!/bin/sh
+shift 2
+for name in "$@"; do cat "$ARCHIVE/$name.stanza" 2>/dev/null; echo; done
+exit 100
+"""
+APT_GET = """#!/bin/sh
+echo "$@" >> "$ARCHIVE/log"
+for last in "$@"; do :; done
+cp "$ARCHIVE/${last%%=*}.deb" .
+"""
+DPKG_DEB = """#!/bin/sh
+mkdir "$3" && cd "$3" && python3 -m zipfile -e "$2" .
+"""
+
+
+@pytest.fixture
+def offer(tmp_path, monkeypatch):
+    """Offer a package: offer(name, {path: content})."""
+    folder = tmp_path / "archive"
+    scripts = tmp_path / "bin"
+    folder.mkdir()
+    scripts.mkdir()
+    for name, script in {"apt-cache": APT_CACHE, "apt-get": APT_GET, "dpkg-deb": DPKG_DEB}.items():
+        (scripts / name).write_text(script)
+        (scripts / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scripts}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("ARCHIVE", str(folder))
+
+    def offer(name: str, files: dict[str, str | bytes]) -> Path:
+        deb = folder / f"{name}.deb"
+        with zipfile.ZipFile(deb, "w") as opened:
+            for path, content in files.items():
+                opened.writestr(path, content)
+        data = deb.read_bytes()
+        (folder / f"{name}.stanza").write_text(
+            f"Package: {name}\nVersion: 1:2.0-1\nSize: {len(data)}\n"
+            f"SHA256: {hashlib.sha256(data).hexdigest()}\nDescription: sounds\n Package: not this\n"
+        )
+        return deb
+
+    offer.log = folder / "log"
+    return offer
+
+
+@pytest.fixture
+def no_apt(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_packages_are_unpacked_into_the_cache_once(offer, tmp_path):
+    offer("bells", {"usr/share/bell.wav": "ding"})
+    offer("gongs", {"usr/share/gong.wav": "bong"})
+    folders = archive.fetch(["gongs", "bells"], tmp_path / "cache")
+    assert list(folders) == ["gongs", "bells"]
+    assert (folders["bells"] / "usr/share/bell.wav").read_text() == "ding"
+    assert archive.version("bells", tmp_path / "cache") == "1:2.0-1"
+    archive.fetch(["bells", "gongs"], tmp_path / "cache")
+    downloads = offer.log.read_text().splitlines()
+    assert sorted(line.split()[-1] for line in downloads) == ["bells=1:2.0-1", "gongs=1:2.0-1"]
+
+
+def test_a_download_of_other_content_is_refused_and_not_kept(offer, tmp_path):
+    deb = offer("bells", {"bell.wav": "ding"})
+    deb.write_bytes(deb.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"bells 1:2\.0-1 came as .* expected"):
+        archive.fetch(["bells"], tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name != archive.LOCK_FILE]
+
+
+def test_what_a_killed_process_left_is_removed_and_the_rest_fetched(offer, tmp_path):
+    offer("bells", {"bell.wav": "ding"})
+    leftover = tmp_path / "cache" / ".bells-0000.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "half.deb").write_text("half")
+    archive.fetch(["bells"], tmp_path / "cache")
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".lock", "bells", "bells.json"]
+
+
+def test_an_unknown_package_is_named(offer, tmp_path):
+    offer("bells", {})
+    with pytest.raises(ValueError, match="apt knows no package whistles"):
+        archive.fetch(["bells", "whistles"], tmp_path / "cache")
+    assert not offer.log.exists()
+
+
+@pytest.mark.parametrize("name", ["../bells", "Bells", "", "-q", "bells=1"])
+def test_only_names_of_packages_are_asked_for(offer, tmp_path, name):
+    with pytest.raises(ValueError, match="not the name of a Debian package"):
+        archive.fetch([name], tmp_path / "cache")
+
+
+def test_without_apt_the_cache_still_serves(no_apt, tmp_path):
+    (tmp_path / "bells").mkdir()
+    assert archive.fetch(["bells"], tmp_path) == {"bells": tmp_path / "bells"}
+
+
+def test_without_apt_the_error_says_what_is_missing(no_apt, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"apt-cache is not here.*Debian"):
+        archive.fetch(["bells"], tmp_path / "cache")
+
+
+def test_a_failing_tool_is_quoted(offer, tmp_path):
+    offer("bells", {}).unlink()
+    with pytest.raises(RuntimeError, match=r"apt-get download .* failed with 1: .*bells\.deb"):
+        archive.fetch(["bells"], tmp_path / "cache")
+
+
+def test_a_member_of_a_zip_archive_is_a_file_in_a_folder(tmp_path):
+    with zipfile.ZipFile(tmp_path / "data.pk3", "w") as opened:
+        opened.writestr("sound/bell.wav", b"ding")
+    path = archive.locate(tmp_path, "data.pk3.d/sound/bell.wav")
+    assert path.read_bytes() == b"ding"
+    (tmp_path / "data.pk3").unlink()
+    assert archive.locate(tmp_path, "data.pk3.d/sound/bell.wav") == path
+
+
+def test_a_file_is_found_without_the_extension_it_lacks(tmp_path):
+    (tmp_path / "death1").write_bytes(b"aargh")
+    assert archive.locate(tmp_path, "death1.wav") == tmp_path / "death1"
+
+
+@pytest.mark.parametrize("path", ["bell.wav", "data.zip.d/bell.wav", "etc/conf.d/bell.wav"])
+def test_a_file_that_is_not_there_is_named(tmp_path, path):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as opened:
+        opened.writestr("gong.wav", b"bong")
+    with pytest.raises(FileNotFoundError, match=path):
+        archive.locate(tmp_path, path)
+
+
+@pytest.mark.parametrize("path", ["../bell.wav", "/etc/passwd"])
+def test_no_path_leads_out_of_a_package(tmp_path, path):
+    with pytest.raises(ValueError, match="not a path inside a package"):
+        archive.locate(tmp_path, path)
+
+
+def test_a_package_may_leave_its_licence_to_another(tmp_path):
+    docs = tmp_path / "bells-data" / "usr/share/doc"
+    docs.mkdir(parents=True)
+    (docs / "bells-data").symlink_to("bells")
+    own = tmp_path / "bells" / "usr/share/doc/bells"
+    own.mkdir(parents=True)
+    (own / "copyright").write_text(
+        "Files: *\nLicense: CC-BY-SA-4.0\n text\n\nFiles: a\nLicense: CC0\n\nLicense: CC0\n x"
+    )
+    text = archive.licence_text("bells-data", tmp_path)
+    assert archive.licence_names(text) == ["CC-BY-SA-4.0", "CC0"]
+
+
+def test_a_package_without_a_licence_is_an_error(tmp_path):
+    (tmp_path / "bells").mkdir()
+    with pytest.raises(FileNotFoundError, match="copyright"):
+        archive.licence_text("bells", tmp_path)
+
+
+# The list of the corpus.
+
+
+def test_the_corpus_is_56_hours_of_music_speech_and_sounds():
+    hours = dict.fromkeys(debian.KINDS, 0.0)
+    for entry in debian.read_manifest():
+        hours[entry.kind] += entry.seconds / 3600
+    assert {kind: round(value, 1) for kind, value in hours.items()} == {"music": 45.5, "speech": 8.4, "sounds": 2.3}
+
+
+def test_nothing_that_a_task_is_tested_on_is_trained_on():
+    corpus = {entry.recording for entry in debian.read_manifest()}
+    assert corpus.isdisjoint(entry.recording for entry in debian.read_manifest(roles=["evaluation"]))
+    lists = Path(debian.__file__).parents[1] / "evaluation" / "tasks"
+    checked = 0
+    for name in ("drum_stroke", "everyday_sounds", "spoken_words", "language_id", "speaker_count"):
+        for row in read_list(name):
+            if row["split"] == "test" or "fold" in row["split"] or name == "spoken_words":
+                assert row["path"] not in corpus, (name, row["path"])
+                checked += 1
+    assert checked > 3000 and lists.is_dir()
+
+
+def noise(seconds: float, rate: int = 16000) -> bytes:
+    file = io.BytesIO()
+    samples = 0.1 * np.random.default_rng(0).standard_normal(round(seconds * rate))
+    soundfile.write(file, samples, rate, format="WAV")
+    return file.getvalue()
+
+
+@pytest.fixture
+def small_corpus(offer, tmp_path, monkeypatch):
+    """Two packages, and a list that names some of their files."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as opened:
+        opened.writestr("sound/beep.wav", noise(1))
+    doc = "usr/share/doc/{}/copyright"
+    offer(
+        "toys",
+        {
+            "usr/tune.wav": noise(25, 22050),
+            "usr/unlisted.wav": noise(5),
+            "usr/tested.wav": noise(5),
+            "usr/data.pk3": data.getvalue(),
+            doc.format("toys"): "License: GPL-2+",
+        },
+    )
+    offer("talk", {"usr/word.wav": noise(2), "usr/broken.wav": "not audio", doc.format("talk"): "License: CC0"})
+    rows = [
+        "package,path,seconds,kind,language,role",
+        "talk,usr/broken.wav,1,speech,en,both",
+        "talk,usr/word.wav,2,speech,en,both",
+        "toys,usr/data.pk3.d/sound/beep.wav,1,sound effects,,pretraining",
+        "toys,usr/tested.wav,5,music,,evaluation",
+        "toys,usr/tune.wav,25,music,,pretraining",
+    ]
+    manifest = tmp_path / "list.csv.gz"
+    manifest.write_bytes(gzip.compress("\n".join(rows).encode()))
+    monkeypatch.setattr(debian, "MANIFEST", manifest)
+    return tmp_path / "corpus"
+
+
+def test_the_shards_hold_what_the_list_names_and_nothing_else(small_corpus, tmp_path, capsys):
+    arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
+    assert debian.main(arguments) == debian.FAILED  # one file is not audio
+    assert "failed: talk/usr/broken.wav" in capsys.readouterr().err
+    sources = {}
+    for kind in debian.KINDS:
+        index = ShardIndex.open(small_corpus / "shards" / kind)
+        records = [index.record(i) for i in range(len(index))]
+        sources[kind] = {record.source.removeprefix("recordings/") for record in records}
+        listed = [e for e in debian.read_manifest() if e.kind == kind and "broken" not in e.path]
+        assert sum(record.duration_s for record in records) == pytest.approx(sum(e.seconds for e in listed), abs=0.1)
+    assert sources == {
+        "music": {"toys/usr/tune.wav"},
+        "speech": {"talk/usr/word.wav"},
+        "sounds": {"toys/usr/data.pk3.d/sound/beep.wav"},
+    }
+    licences = (small_corpus / "LICENCES.md").read_text()
+    assert "| talk | 1:2.0-1 | 0.00 | CC0 |" in licences and "| toys | 1:2.0-1 | 0.01 | GPL-2+ |" in licences
+
+
+def test_building_the_corpus_again_makes_what_is_missing(small_corpus, tmp_path, offer, capsys):
+    arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
+    debian.main(arguments)
+    before = (small_corpus / "shards/music/shard-000000.tar").stat().st_mtime_ns
+    shutil.rmtree(small_corpus / "shards/speech")
+    debian.main(arguments)
+    assert len(ShardIndex.open(small_corpus / "shards/speech")) == 1
+    assert (small_corpus / "shards/music/shard-000000.tar").stat().st_mtime_ns == before
+    assert len(offer.log.read_text().splitlines()) == 2  # nothing was downloaded twice
+
+
+def test_packages_can_be_left_out(small_corpus, tmp_path, capsys):
+    arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1", "--skip"]
+    assert debian.main([*arguments, "talk"]) == 0
+    assert not (small_corpus / "shards/speech").exists() and not (tmp_path / "cache/talk").exists()
+    assert debian.main([*arguments, "tolk"]) == debian.BAD_USAGE
+    assert "not in the corpus: tolk" in capsys.readouterr().err
+
+
+def test_without_apt_building_the_corpus_says_so(small_corpus, tmp_path, no_apt, capsys):
+    assert debian.main([str(small_corpus), "--cache", str(tmp_path / "cache")]) == debian.BAD_USAGE
+    assert "fetched with apt" in capsys.readouterr().err
