@@ -384,7 +384,7 @@ def test_without_pyav_the_error_comes_before_anything_is_fetched(tmp_path, monke
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setattr(archive, "fetch", lambda *_: pytest.fail("fetched"))
     assert command.main([str(tmp_path / "tasks"), "--tasks", "speaker_count", "--cache", str(tmp_path)]) == 1
-    assert "takes PyAV: pip install av" in capsys.readouterr().err
+    assert "takes PyAV: pip install" in capsys.readouterr().err
 
 
 # ---- folders ----

@@ -166,7 +166,7 @@ def _import_av(recording: str) -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ImportError(f"decoding {recording} takes PyAV: pip install \".[train]\"") from error
+        raise ImportError(f'decoding {recording} takes PyAV: pip install ".[train]"') from error
     return av
 
 
