@@ -25,9 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from hear_encoders.atomic import write_json
+# Nothing slow is imported up here: a step watches its driver (see `main`) before it loads torch and the rest.
 
 # The papers' restricted search; what is not named here (optimiser, norms) has one value in heareval's own grid.
 PAPERS_GRID = {
@@ -50,6 +48,8 @@ MAP_CLIPS, MAP_COMPONENTS, MAP_PERPLEXITY, MAP_SEED = 600, 50, 30, 0
 
 def describe(module: str, weights_path: str | None, options: dict[str, Any], output: str) -> None:
     """Load a model as heareval does, and write what there is to know about it."""
+    from hear_encoders.atomic import write_json
+
     imported = importlib.import_module(module)
     model = imported.load_model(*([weights_path] if weights_path else []), **options)
     write_json(
@@ -113,8 +113,11 @@ def predict(embeddings: str, folder: str, seed: int) -> None:
 
 def draw_map(embeddings: str, output: str) -> None:
     """Lay out the test clips of a scene task in two dimensions, and write points and labels."""
+    import numpy as np
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+
+    from hear_encoders.atomic import write_json
 
     folder = Path(embeddings)
     metadata = json.loads((folder / "task_metadata.json").read_text(encoding="utf-8"))
