@@ -123,7 +123,9 @@ def test_eight_clips_are_learnt_better_than_by_interpolating_them(family, eight_
         *("encoder.patches.patch_frames=8", "base_lr=0.032", "workers=0", "held_out_every=500", "held_out_clips=8"),
         "picture_every=null",
     ]
-    if family != "axlstm":
+    if family == "axlstm":  # learns faster, computes slower
+        overrides += ["max_steps=300", "held_out_every=300"]
+    else:
         overrides.append("encoder.heads=3")
     if family in ("audiomaepp", "mae"):
         overrides += ["decoder.dim=96", "decoder.depth=2", "decoder.heads=3"]
@@ -178,18 +180,12 @@ TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", 
 
 
 @pytest.mark.parametrize(("family", "overrides"), [("axlstm", ()), ("audiomaepp", ("fsdp=true", "accumulate=2"))])
-def test_two_processes_match_one_on_the_same_global_batch(family, overrides, shards, tmp_path):
+def test_two_processes_that_were_stopped_match_one_on_the_same_global_batch(family, overrides, shards, tmp_path):
     one = train(family, shards, tmp_path / "one", "clip_grad=1")
-    two = train(family, shards, tmp_path / "two", "clip_grad=1", "save_every=5", *overrides, launcher=TWO_PROCESSES)
-    assert_close(two, one)
-
-
-@pytest.mark.parametrize("overrides", [(), ("fsdp=true",)])
-def test_two_processes_go_on_where_they_were_stopped(overrides, shards, tmp_path):
-    one = train("ssast", shards, tmp_path / "one")
-    train("ssast", shards, tmp_path / "two", "max_hours=1e-9", *overrides, launcher=TWO_PROCESSES)
-    assert checkpoints.steps_saved(tmp_path / "two") == [1]
-    assert_close(train("ssast", shards, tmp_path / "two", *overrides, launcher=TWO_PROCESSES), one)
+    run, more = tmp_path / "two", ("clip_grad=1", "save_every=5", *overrides)
+    train(family, shards, run, "max_hours=1e-9", *more, launcher=TWO_PROCESSES)
+    assert checkpoints.steps_saved(run) == [1]
+    assert_close(train(family, shards, run, *more, launcher=TWO_PROCESSES), one)
 
 
 def test_sharing_out_a_model_needs_processes(shards, tmp_path, capsys):
