@@ -8,10 +8,12 @@ I = expansion * D channels inside a block, H heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hear_encoders.config import AxLSTMConfig
 from hear_encoders.mlstm import DEFAULT_CHUNK, MLSTMMode, mlstm
@@ -25,22 +27,36 @@ MATMUL_SIZE = 16  # least size at which small matmuls are worth it, measured on 
 
 
 class BlockDiagonal(nn.Module):
-    """Linear map without bias whose matrix has `size` x `size` blocks on its diagonal."""
+    """Linear map without bias whose matrix has `size` x `size` blocks on its diagonal; see `project_to_heads`."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels // size, size, size))  # (blocks, out, in)
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, channels = x.shape
-        blocks, size, _ = self.weight.shape
-        # Matmuls of 4 x 4 are nearly all overhead: several blocks go into one, between them zeros.
-        merged = math.gcd(blocks, max(1, MATMUL_SIZE // size))
-        weight = self.weight.transpose(1, 2).unflatten(0, (-1, merged))  # (groups, merged, in, out)
-        weight = torch.diag_embed(weight.movedim(1, -1), dim1=1, dim2=3)  # (groups, merged, in, merged, out)
-        weight = weight.flatten(3).flatten(1, 2)  # (groups, merged * in, merged * out)
-        x = x.reshape(batch * length, -1, merged * size).transpose(0, 1)  # (groups, B S, merged * in)
-        return (x @ weight).transpose(0, 1).reshape(batch, length, channels)
+    def fold(self, after: Tensor) -> Tensor:
+        """The matrix that does this map and then `after`: (outputs, I) -> (outputs, I)."""
+        after = after.unflatten(1, self.weight.shape[:2]).transpose(0, 1)  # (blocks, outputs, out)
+        return (after @ self.weight).transpose(0, 1).flatten(1)
+
+
+def project_to_heads(x: Tensor, projections: Sequence[BlockDiagonal], heads: int) -> list[Tensor]:
+    """Project one input in several ways, each cut into heads: (B, S, I) -> (B, H, S, I/H) in memory order, for each."""
+    batch, length, _ = x.shape
+    weight = torch.stack([projection.weight for projection in projections], dim=1)  # (blocks, maps, out, in)
+    blocks, _, _, size = weight.shape
+    # Matmuls of 4 x 4 are nearly all overhead: several blocks of a head go into one, between them zeros.
+    aligned = blocks % heads == 0
+    merged = math.gcd(blocks // heads if aligned else blocks, max(1, MATMUL_SIZE // size))
+    weight = weight.unflatten(0, (-1, merged)).permute(0, 4, 2, 3, 1)  # (groups, in, maps, out, merged)
+    weight = torch.diag_embed(weight, dim1=1, dim2=4)  # (groups, merged, in, maps, merged, out)
+    weight = weight.flatten(3).flatten(1, 2)  # (groups, merged * in, maps * merged * out)
+    x = x.reshape(batch * length, -1, merged * size).transpose(0, 1)  # (groups, B S, merged * in)
+    y = (x @ weight).unflatten(2, (len(projections), -1)).unflatten(1, (batch, length))
+    if not aligned:  # a block that lies in two heads: the channels have to be put in order first
+        y = y.permute(3, 1, 2, 0, 4).flatten(3).unflatten(3, (heads, -1))  # (maps, B, S, H, I/H)
+        return [part.transpose(1, 2).contiguous() for part in y]
+    y = y.unflatten(0, (heads, -1))  # (H, groups of a head, B, S, maps, merged * out)
+    return [part.permute(2, 0, 3, 1, 4).flatten(3) for part in y.unbind(4)]
 
 
 class CausalConv(nn.Module):
@@ -52,14 +68,36 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # A few shifted products keep the channels last; conv1d would want them transposed, twice.
-        length, kernel = x.shape[1], self.weight.shape[1]
-        padded = F.pad(x, (0, 0, kernel - 1, 0))  # (B, kernel - 1 + S, I)
-        weight = self.weight.to(x.dtype).T  # (kernel, I)
-        y = self.bias.to(x.dtype)
-        for tap in range(kernel):
-            y = torch.addcmul(y, padded[:, tap : tap + length], weight[tap])
+        return _CausalProducts.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class _CausalProducts(torch.autograd.Function):
+    """The convolution as a few shifted products: the channels stay last, where conv1d would want them transposed.
+
+    Its gradient is written out. Left to autograd, each shift costs a tensor of zeros as large as the input.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        length, (now, *past) = x.shape[1], weight.T.contiguous().flip(0)  # (I,) each, latest first
+        y = torch.addcmul(bias, x, now)
+        for ago, tap in enumerate(past[: length - 1], start=1):
+            y[:, ago:].addcmul_(x[:, :-ago], tap)
         return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        length, (now, *past) = x.shape[1], weight.T.contiguous().flip(0)
+        of_x = of_y * now
+        of_weight = torch.zeros_like(weight)  # (I, kernel); taps before the beginning have no gradient
+        of_weight[:, -1] = (of_y * x).sum((0, 1))
+        for ago, tap in enumerate(past[: length - 1], start=1):
+            of_x[:, :-ago].addcmul_(of_y[:, ago:], tap)
+            of_weight[:, -1 - ago] = (of_y[:, ago:] * x[:, :-ago]).sum((0, 1))
+        return of_x, of_weight, of_y.sum((0, 1))
 
 
 class HeadNorm(nn.Module):
@@ -69,9 +107,11 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels))
 
-    def forward(self, h: Tensor) -> Tensor:
-        normed = F.layer_norm(h, h.shape[-1:], eps=HEAD_NORM_EPS)  # (B, H, S, I/H)
-        return normed.transpose(1, 2).flatten(-2) * self.weight  # (B, S, I)
+    def forward(self, h: Tensor, skipped: Tensor) -> Tensor:
+        """Norm of h, and what goes around it added: (B, H, S, I/H), (B, S, I) -> (B, S, I)."""
+        normed = F.layer_norm(h, h.shape[-1:], eps=HEAD_NORM_EPS).transpose(1, 2)  # (B, S, H, I/H)
+        weight = self.weight.unflatten(0, normed.shape[2:])
+        return torch.addcmul(skipped.unflatten(2, normed.shape[2:]), normed, weight).flatten(2)
 
 
 class MLSTMBlock(nn.Module):
@@ -97,21 +137,25 @@ class MLSTMBlock(nn.Module):
     def forward(self, x: Tensor, mode: MLSTMMode = "chunkwise", chunk_size: int = DEFAULT_CHUNK) -> Tensor:
         inner, z = self.up(self.norm(x)).chunk(2, dim=-1)  # each (B, S, I)
         convolved = F.silu(self.conv(inner))
-        q, k, v = self.q(convolved), self.k(convolved), self.v(inner)
-        log_i, log_f = self.gates(q, k, v)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, S, I/H)
-        h, _ = mlstm(q, k, v, log_i, log_f, mode=mode, chunk_size=chunk_size)
-        h = self.head_norm(h) + self.skip * convolved  # (B, S, I) float32
+        q, k = project_to_heads(convolved, [self.q, self.k], self.heads)  # (B, H, S, I/H)
+        (v,) = project_to_heads(inner, [self.v], self.heads)
+        log_i, log_f = self.gates(convolved, inner)
+        h, _ = mlstm(q, k, v, log_i, log_f, mode=mode, chunk_size=chunk_size, want_state=False)
+        h = self.head_norm(h, self.skip * convolved.to(h.dtype))  # (B, S, I) float32
         return x + self.down(h * F.silu(z))
 
-    def gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithms of the input and the forget gate, float32: three (B, S, I) -> two (B, H, S)."""
-        with torch.autocast(q.device.type, enabled=False):
-            # Both gates in one product, and cat(q, k, v) left where it is: its parts meet their columns.
+    def gates(self, convolved: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of the input and the forget gate, float32: two (B, S, I) -> two (B, H, S).
+
+        The gates see cat(q, k, v). As q, k and v are linear in what they are made of, so are the gates: their
+        matrices are multiplied first, which is less work, and q, k and v need not be kept side by side.
+        """
+        with torch.autocast(inner.device.type, enabled=False):
             weight = torch.cat([self.gate_i.weight, self.gate_f.weight])  # (2 H, 3 I)
-            gates = torch.cat([self.gate_i.bias, self.gate_f.bias])
-            for part, columns in zip((q, k, v), weight.chunk(3, dim=1)):
-                gates = gates + part.to(weight.dtype) @ columns.T  # (B, S, 2 H)
+            bias = torch.cat([self.gate_i.bias, self.gate_f.bias])
+            of_q, of_k, of_v = weight.chunk(3, dim=1)
+            gates = F.linear(convolved.to(weight.dtype), self.q.fold(of_q) + self.k.fold(of_k), bias)
+            gates = gates + F.linear(inner.to(weight.dtype), self.v.fold(of_v))  # (B, S, 2 H)
             log_i, forget = gates.transpose(1, 2).chunk(2, dim=1)
             return (F.logsigmoid(log_i) if self.input_gate == "sigmoid" else log_i), F.logsigmoid(forget)
 

@@ -57,7 +57,8 @@ def mlstm(
     *,
     mode: MLSTMMode = "chunkwise",
     chunk_size: int = DEFAULT_CHUNK,
-) -> tuple[Tensor, MLSTMState]:
+    want_state: bool = True,
+) -> tuple[Tensor, MLSTMState | None]:
     """Run the mLSTM cell over a sequence.
 
     Args:
@@ -68,9 +69,11 @@ def mlstm(
         state: the state before the first step; None is the initial state.
         mode: "parallel" needs memory S x S, "chunkwise" S x chunk_size, "recurrent" none of them.
         chunk_size: steps that "chunkwise" makes at once; the result does not depend on it.
+        want_state: False saves the work of the state after the last step, where nothing follows it.
 
     Returns:
-        h (B, H, S, D) and the state after the last step, both float32 (float64 if q is float64).
+        h (B, H, S, D) and the state after the last step (None if not wanted), both float32 (float64 if q is
+        float64).
 
     Raises:
         ValueError: unknown mode, chunk_size below 1, or an empty sequence.
@@ -82,16 +85,15 @@ def mlstm(
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, log_i, log_f = (x.to(dtype) for x in (q, k, v, log_i, log_f))
         if mode == "parallel":
-            return _chunk(q, k, v, log_i, log_f, state)
+            return _chunk(q, k, v, log_i, log_f, state, want_state)
         if mode == "chunkwise":
             if chunk_size < 1:
                 raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+            # Split, not sliced: a slice's gradient is a tensor of zeros as large as the whole, one for each chunk.
+            chunks = list(zip(*(x.split(chunk_size, dim=2) for x in (q, k, v, log_i, log_f))))
             outputs = []
-            for first in range(0, length, chunk_size):
-                steps = slice(first, first + chunk_size)
-                h, state = _chunk(
-                    q[:, :, steps], k[:, :, steps], v[:, :, steps], log_i[:, :, steps], log_f[:, :, steps], state
-                )
+            for index, chunk in enumerate(chunks):
+                h, state = _chunk(*chunk, state, want_state or index + 1 < len(chunks))
                 outputs.append(h)
             return torch.cat(outputs, dim=2), state
         if mode == "recurrent":
@@ -99,7 +101,7 @@ def mlstm(
             for t in range(length):
                 h, state = mlstm_step(q[:, :, t], k[:, :, t], v[:, :, t], log_i[:, :, t], log_f[:, :, t], state)
                 outputs.append(h)
-            return torch.stack(outputs, dim=2), state
+            return torch.stack(outputs, dim=2), (state if want_state else None)
     raise ValueError(f"unknown mode {mode!r}; expected 'parallel', 'chunkwise' or 'recurrent'")
 
 
@@ -131,8 +133,8 @@ def mlstm_step(
 
 
 def _chunk(
-    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState | None
-) -> tuple[Tensor, MLSTMState]:
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState | None, want_state: bool
+) -> tuple[Tensor, MLSTMState | None]:
     """All steps of one chunk at once, from the state before it to the state after it."""
     # Differences of running sums lose digits where the sums are large; the sums are small, so widen them.
     wide = torch.float32 if q.device.type == "mps" else torch.float64  # MPS has no float64
@@ -151,18 +153,22 @@ def _chunk(
     scores = weights * (q @ k.transpose(-1, -2))
     numerator = scores @ v  # (B, H, S, D)
     normalizer = scores.sum(-1)  # (B, H, S)
+    if state is not None:
+        seen = _exp_weight((state.m.to(wide)[..., None] - largest).to(q.dtype))  # (B, H, S)
+        numerator = torch.addcmul(numerator, seen[..., None], q @ state.C)
+        normalizer = normalizer + seen * (q @ state.n[..., None]).squeeze(-1)
+    h = _normalize(numerator, normalizer, m)
+    if not want_state:
+        return h, None
 
     write = _exp_weight((g - largest[..., -1:]).to(q.dtype))[..., None] * k  # (B, H, S, D)
     C = write.transpose(-1, -2) @ v
     n = write.sum(2)
     if state is not None:
-        seen = _exp_weight((state.m.to(wide)[..., None] - largest).to(q.dtype))  # (B, H, S)
-        numerator = numerator + seen[..., None] * (q @ state.C)
-        normalizer = normalizer + seen * (q @ state.n[..., None]).squeeze(-1)
         keep = seen[..., -1:]
-        C = C + keep[..., None] * state.C
+        C = torch.addcmul(C, keep[..., None], state.C)
         n = n + keep * state.n
-    return _normalize(numerator, normalizer, m), MLSTMState(C, n, m[..., -1])
+    return h, MLSTMState(C, n, m[..., -1])
 
 
 def _exp_weight(log_weight: Tensor) -> Tensor:

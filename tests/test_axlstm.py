@@ -41,6 +41,24 @@ def test_block_equals_the_equations_in_values_and_gradients(expansion, mode, dty
     torch.testing.assert_close(gradient.double() / scale, expected_gradient / scale, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("projection_block", [1, 3, 8, 16])  # heads of 24 and 12 channels
+@pytest.mark.parametrize("heads", [2, 4])
+def test_blocks_of_the_projections_may_lie_in_two_heads(heads, projection_block):
+    block = encoder_with(expansion=1, heads=heads, projection_block=projection_block).blocks[0].double()
+    x = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(block(x), plain_mlstm_block(x, block.state_dict(), heads), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 9])
+def test_gradients_of_the_convolution_are_those_of_its_values(length):
+    conv = encoder_with().blocks[0].conv.double()
+    x = torch.randn(2, length, 144, dtype=torch.float64)[..., :5].requires_grad_()
+    parameters = [x, conv.weight[:5].detach().requires_grad_(), conv.bias[:5].detach().requires_grad_()]
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: torch.func.functional_call(conv, {"weight": w, "bias": b}, x), parameters
+    )
+
+
 @pytest.mark.parametrize("options", [{}, {"flip": True}, {"input_gate": "sigmoid"}])
 def test_modes_agree_in_the_whole_encoder(options):
     encoder = encoder_with(**options)
@@ -81,9 +99,9 @@ def test_flip_lets_tokens_look_ahead():
 
 def test_sigmoid_input_gate_is_the_logsigmoid_of_the_preactivation():
     exponential, sigmoid = encoder_with(), encoder_with(input_gate="sigmoid")
-    qkv = torch.randn(3, 2, 9, 144)
-    raw, log_f = exponential.blocks[0].gates(*qkv)
-    squashed, same_log_f = sigmoid.blocks[0].gates(*qkv)
+    inputs = torch.randn(2, 2, 9, 144)
+    raw, log_f = exponential.blocks[0].gates(*inputs)
+    squashed, same_log_f = sigmoid.blocks[0].gates(*inputs)
     torch.testing.assert_close(squashed, torch.log(torch.sigmoid(raw)))
     torch.testing.assert_close(log_f, same_log_f)
     assert (squashed < 0).all() and (raw > 0).any()
@@ -93,7 +111,7 @@ def test_sigmoid_input_gate_is_the_logsigmoid_of_the_preactivation():
 def test_gates_are_float32_under_autocast(dtype):
     block = encoder_with().blocks[0]
     with torch.autocast("cpu", dtype=dtype):
-        log_i, log_f = block.gates(*torch.randn(3, 1, 5, 144, dtype=dtype))
+        log_i, log_f = block.gates(*torch.randn(2, 1, 5, 144, dtype=dtype))
     assert log_i.dtype == log_f.dtype == torch.float32
 
 

@@ -142,6 +142,13 @@ def test_the_state_of_one_mode_continues_in_another(before, after):
     assert_close(rest, whole[:, :, 17:], 1e-9)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_that_is_not_wanted_changes_nothing_else(mode):
+    inputs = cell_inputs(40)
+    h, state = mlstm(*inputs, **MODES[mode], want_state=False)
+    assert state is None and torch.equal(h, mlstm(*inputs, **MODES[mode])[0])
+
+
 def test_gradients_flow_through_the_state():
     inputs = [x.requires_grad_() for x in cell_inputs(20)]
     whole = torch.autograd.grad(mlstm(*inputs, mode="parallel")[0][:, :, 12:].sum(), inputs)
