@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.measure import LEAST_TURNS, Matmul, format_machine, format_table, peak_bytes, progress, take_turns
+from benchmarks.measure import LEAST_TURNS, format_machine, format_table, peak_bytes, progress, take_turns
 from benchmarks.released_plan import ReleasedPlan
 from hear_encoders.config import PRESETS, AxLSTMConfig, EncoderConfig, TransformerConfig
 from hear_encoders.embedder import Embedder, Precision, resolve_precision
 from hear_encoders.encoders import build_encoder
 from hear_encoders.frontend import HOP, SAMPLE_RATE
-from training.flops import MATMUL_SIZE, count_flop
+from training.flops import MATMUL_SIZE, Matmul, count_flop
 
 TOLERANCE = 1e-3  # between the plan's embeddings and ours in reference framing, which are of order 1
 

@@ -14,9 +14,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
-
-from training.flops import MATMUL_SIZE
 
 LEAST_TURNS = 3
 CELL_SECONDS = 1.0  # turns go on at least this long
@@ -64,18 +61,6 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         return None
     kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(kilobytes)
-
-
-class Matmul:
-    """Square matmul in the dtype under test: the rate that nothing here can exceed."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.size = MATMUL_SIZE[device.type]
-        self.flop = 2 * self.size**3
-        self.a, self.b = torch.randn(2, self.size, self.size, device=device).to(dtype)
-
-    def __call__(self) -> Tensor:
-        return self.a @ self.b
 
 
 def progress(line: str) -> None:

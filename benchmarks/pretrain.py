@@ -29,10 +29,11 @@ import numpy as np
 import soundfile
 import torch
 
-from benchmarks.measure import Matmul, format_machine, format_table, peak_bytes, progress, take_turns
+from benchmarks.measure import format_machine, format_table, peak_bytes, progress, take_turns
 from training import prepare
 from training.config import RunConfig, load_run_config
-from training.data import Crops, RowBatches, crop_loader
+from training.data import RowBatches, crop_loader, run_crops
+from training.flops import Matmul
 from training.objectives import count_clip_flop
 from training.pretrain import Place, Trainer
 from training.shards import ShardIndex
@@ -77,7 +78,7 @@ def noise_shards() -> Iterator[Path]:
 
 def loader_rate(config: RunConfig, index: ShardIndex) -> float:
     """Clips per second that the data loader delivers when nothing else is done."""
-    crops = Crops(index, config.encoder.patches.chunk_frames, config.crops_per_record, config.normalize, config.seed)
+    crops = run_crops(index, config)
     batches = RowBatches(config.batch_size, config.accumulate, 0, 1, 0, 1_000_000)
     loader = iter(crop_loader(crops, batches, config.workers, pin_memory=False))
     clips = len(next(loader))  # workers have begun
@@ -92,7 +93,7 @@ def loader_rate(config: RunConfig, index: ShardIndex) -> float:
 
 def measure(name: str, config: RunConfig, index: ShardIndex, device: torch.device) -> Result:
     """Measure one configuration."""
-    crops = Crops(index, config.encoder.patches.chunk_frames, config.crops_per_record, config.normalize, config.seed)
+    crops = run_crops(index, config)
     batch = torch.stack([crops[row] for row in range(config.batch_size)])
     place = Place(0, 1, device)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hear_encoders.frontend import STD_OFFSET
+from training.config import RunConfig
 from training.masking import hash_seed
 from training.shards import ShardIndex
 
@@ -70,6 +71,11 @@ class Crops(Dataset):
             generator = np.random.default_rng(hash_seed(self.seed, _ORDER, epoch))
             self._order = (epoch, generator.permutation(len(self.index)))
         return int(self._order[1][within])
+
+
+def run_crops(index: ShardIndex, config: RunConfig) -> Crops:
+    """The crops that a run trains on."""
+    return Crops(index, config.encoder.patches.chunk_frames, config.crops_per_record, config.normalize, config.seed)
 
 
 class RowBatches(Sampler[list[int]]):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough for the full rate
@@ -42,14 +43,25 @@ def count_flop(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+class Matmul:
+    """Square matmul in a precision: the rate that nothing can exceed."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.size = MATMUL_SIZE[device.type]
+        self.flop = 2 * self.size**3
+        self.a, self.b = torch.randn(2, self.size, self.size, device=device).to(dtype)
+
+    def __call__(self) -> Tensor:
+        return self.a @ self.b
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matmul on a device, the median over a fifth of a second."""
-    size = MATMUL_SIZE[device.type]
-    a, b = torch.ones(2, size, size, device=device, dtype=dtype)
+    matmul = Matmul(device, dtype)
 
     def seconds() -> float:
         begin = time.perf_counter()
-        a @ b
+        matmul()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin
@@ -59,4 +71,4 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     begin, taken = time.perf_counter(), []
     while time.perf_counter() - begin < _MATMUL_SECONDS:
         taken.append(seconds())
-    return 2 * size**3 / median(taken)
+    return matmul.flop / median(taken)

@@ -23,11 +23,15 @@ def random_masking(noise: Tensor, ratio: float) -> Masking:
         noise: (B, N) independent uniform numbers.
         ratio: share of patches masked; N * (1 - ratio), rounded down, stay visible.
     """
-    patches = noise.shape[1]
-    visible = int(round(patches * (1 - ratio), 6))  # 250 * (1 - 0.8) is 49.99... in floating point
+    visible = visible_count(noise.shape[1], ratio)
     shuffle = noise.argsort(dim=1)
     restore = shuffle.argsort(dim=1)
     return Masking((restore >= visible).float(), shuffle[:, :visible], restore)
+
+
+def visible_count(patches: int, ratio: float) -> int:
+    """How many patches stay visible."""
+    return int(round(patches * (1 - ratio), 6))  # 250 * (1 - 0.8) is 49.99... in floating point
 
 
 def masking_noise(seed: int, step: int, clips: int, patches: int) -> Tensor:

@@ -24,7 +24,7 @@ from hear_encoders.patches import patchify, sincos_1d
 from hear_encoders.transformer import NORM_EPS, PlainBlock, TransformerPlusPlusBlock, initialize_transformer
 from training.config import RunConfig
 from training.flops import count_flop
-from training.masking import Masking
+from training.masking import Masking, visible_count
 
 
 class Prediction(NamedTuple):
@@ -164,7 +164,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def count_clip_flop(config: RunConfig) -> int:
     """FLOPs of training on one clip, forward and backward, counted without memory or arithmetic."""
     patches = config.encoder.patches
-    visible = int(round(patches.patches * (1 - config.mask_ratio), 6))
+    visible = visible_count(patches.patches, config.mask_ratio)
     with FakeTensorMode():
         model = build_model(config)
         logmel = torch.empty(1, patches.chunk_frames, patches.bands)

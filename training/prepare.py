@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -44,10 +43,10 @@ from hear_encoders.audio import duration_s, load_audio
 from hear_encoders.corpus import AudioFile, find_audio
 from hear_encoders.embedder import check_audio
 from hear_encoders.frontend import SAMPLE_RATE, LogMel
+from training.locks import locked
 from training.shards import FORMAT_VERSION, INDEX_FILE, frontend_settings, shard_name
 
 PLAN_FILE = "plan.json"
-LOCK_FILE = ".lock"
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes, as of hear-embed
 
 # A shorter remainder of a recording is left out.
@@ -122,7 +121,7 @@ def _prepare(prog: str, options: argparse.Namespace) -> int:
             root, files = find_audio(options.sources)
             recordings = select(files, read_segments(options.csv) if options.csv else None)
             out_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(out_dir))
+            stack.enter_context(locked(out_dir))
             plan = _open_plan(out_dir, _settings(options), root, recordings, options.jobs)
         except (OSError, ValueError) as error:
             _say(prog, f"error: {error}")
@@ -494,19 +493,6 @@ def _json_bytes(value: Any) -> bytes:
 def _write_json(path: Path, value: Any) -> None:
     with atomic_write(path) as file:
         file.write(_json_bytes(value) + b"\n")
-
-
-@contextmanager
-def _locked(out_dir: Path) -> Iterator[None]:
-    """Keep a second run out of the folder; the system frees the lock when this process ends, however it does."""
-    with open(out_dir / LOCK_FILE, "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another run is writing to {out_dir}") from error
-        except OSError:
-            pass  # a file system without locks, as clusters have them
-        yield
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hear_encoders.atomic import write_json
 from training import checkpoints
 from training.config import RunConfig, learning_rate_factor, load_run_config, run_config_from_dict
-from training.data import Crops, RowBatches, crop_loader
+from training.data import RowBatches, crop_loader, run_crops
 from training.flops import matmul_rate
 from training.held_out import FixedCrops
 from training.masking import Masking, masking_noise, random_masking
@@ -211,9 +211,7 @@ class Trainer:
             FloatingPointError: the loss of a step is not finite. The state before that step is saved.
         """
         config, place = self.config, self.place
-        crops = Crops(
-            self.index, config.encoder.patches.chunk_frames, config.crops_per_record, config.normalize, config.seed
-        )
+        crops = run_crops(self.index, config)
         batches = RowBatches(
             config.batch_size, config.accumulate, place.rank, place.processes, self.step, self.total_steps
         )

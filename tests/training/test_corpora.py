@@ -16,6 +16,7 @@ import soundfile
 
 from training.corpora import archive, debian
 from training.evaluation.open_tasks.sources import read_list
+from training.locks import LOCK_FILE
 from training.shards import ShardIndex
 
 # `apt-cache show` and `apt-get download` from a folder, and a dpkg-deb whose packages are zip archives.
@@ -85,7 +86,7 @@ def test_a_download_of_other_content_is_refused_and_not_kept(offer, tmp_path):
     deb.write_bytes(deb.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"bells 1:2\.0-1 came as .* expected"):
         archive.fetch(["bells"], tmp_path / "cache")
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.name != archive.LOCK_FILE]
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name != LOCK_FILE]
 
 
 def test_what_a_killed_process_left_is_removed_and_the_rest_fetched(offer, tmp_path):

@@ -15,8 +15,6 @@ their format. `locate` takes such paths.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import re
@@ -24,17 +22,16 @@ import secrets
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from hear_encoders.atomic import atomic_write, write_json
-
-LOCK_FILE = ".lock"
+from hear_encoders.checkpoint import sha256
+from training.locks import locked
 
 # What may stand in a package's name (Debian policy 5.6.1): no path can be made of it.
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
@@ -113,7 +110,7 @@ def fetch(packages: Iterable[str], cache: str | os.PathLike[str], jobs: int = 4)
     if all(folder.is_dir() for folder in folders.values()):
         return folders
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache):
+    with locked(cache, wait=True):
         for leftover in cache.glob(".*.tmp"):  # of a process that was killed: this one holds the lock
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         todo = describe(name for name, folder in folders.items() if not folder.is_dir())
@@ -220,11 +217,7 @@ def check_download(path: Path, package: Package) -> None:
     Raises:
         ValueError: another size or hash.
     """
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    got = (path.stat().st_size, digest.hexdigest())
+    got = (path.stat().st_size, sha256(path))
     if got != (package.size, package.sha256):
         raise ValueError(
             f"package {package.name} {package.version} came as {got[0]} bytes, SHA256 {got[1]}; "
@@ -252,12 +245,3 @@ def _run(command: Sequence[str], cwd: Path | None = None, check: bool = True) ->
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}: {done.stderr.strip()[-500:]}")
     return done.stdout
-
-
-@contextmanager
-def _locked(cache: Path) -> Iterator[None]:
-    """Wait for other processes that fetch into the same cache; the system frees the lock when a process ends."""
-    with open(cache / LOCK_FILE, "wb") as file:
-        with suppress(OSError):  # a file system without locks, as clusters have them
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -14,7 +14,6 @@ heareval takes no notice of the last three.
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from hear_encoders.frontend import SAMPLE_RATE
 from training.corpora import archive
+from training.locks import locked
 
 Label = str | dict[str, Any]  # of a scene; of an event: label, start, end (ms)
 
@@ -243,13 +243,7 @@ def _unfinished(out_dir: Path) -> Iterator[Path]:
     beside = out_dir if os.path.ismount(out_dir) else out_dir.resolve().parent
     folder = beside / f".{out_dir.resolve().name}.unfinished"
     folder.mkdir(exist_ok=True)
-    with open(folder / ".lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another run is writing to {out_dir}") from error
-        except OSError:
-            pass  # a file system without locks, as clusters have them
+    with locked(folder, out_dir):
         try:
             yield folder
         finally:
