@@ -114,7 +114,7 @@ def measure(name: str, config: RunConfig, index: ShardIndex, device: torch.devic
     try:
         plain_step()
     except torch.OutOfMemoryError:
-        plain.optimizer.zero_grad()
+        plain.model.zero_grad()
         calls.pop()
     step_s, matmul_s, plain_s = (*take_turns(calls, device), math.nan)[:3]
     return Result(

@@ -38,12 +38,14 @@ class RunConfig:
         batch_size: crops in one optimiser step, over all processes and accumulated parts.
         accumulate: parts a process's share of the batch is computed in.
         crops_per_record: crops of 2 s taken from a record each time it is read.
+        shares: of the records read, in hundredths, one per --data folder; None: every record alike.
         normalize: over what log-mel is normalised: the whole "record", as the runtime does with a clip, or the
             "crop".
         base_lr: learning rate per 256 crops of batch; the rate is base_lr * batch_size / 256.
         epochs, warmup_epochs: length of training and of its linear warm-up, in passes over the records.
         max_steps, warmup_steps: the same in optimiser steps; where given, they come before epochs.
-        weight_decay: of AdamW; none on biases, norms and other parameters of one dimension.
+        optimizer: "adamw", as published, or "muon": Muon for the blocks' matrices, AdamW for the rest.
+        weight_decay: none on biases, norms and other parameters of one dimension.
         beta1, beta2: of AdamW.
         clip_grad: largest gradient norm; None does not clip.
         precision: of the forward pass; autocast where not float32.
@@ -66,12 +68,14 @@ class RunConfig:
     batch_size: int = 1024
     accumulate: int = 1
     crops_per_record: int = 1
+    shares: tuple[int, ...] | None = None
     normalize: Literal["record", "crop"] = "record"
     base_lr: float = 1.5e-4
     epochs: float = 100.0
     warmup_epochs: float = 10.0
     max_steps: int | None = None
     warmup_steps: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.95
@@ -102,6 +106,8 @@ class RunConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.shares is not None and (sum(self.shares) != 100 or min(self.shares) < 1):
+            raise ValueError(f"shares must be hundredths of at least 1 that make 100 together, got {self.shares}")
         if self.batch_size % self.crops_per_record:
             raise ValueError(f"crops_per_record = {self.crops_per_record} must divide batch_size = {self.batch_size}")
 
@@ -220,10 +226,12 @@ def _make(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     for key, value in values.items():
         if key not in hints:
             raise ValueError(f"unknown key {prefix + key!r}; known: {', '.join(hints)}")
-        kinds = typing.get_args(hints[key]) or (hints[key],)
+        kinds = tuple(typing.get_origin(kind) or kind for kind in typing.get_args(hints[key]) or (hints[key],))
         if float in kinds and type(value) in (int, str):
             with contextlib.suppress(ValueError):  # YAML takes 1e-3, without a dot, for text
                 value = float(value)
+        if tuple in kinds and isinstance(value, list) and all(type(item) is int for item in value):
+            value = tuple(value)  # YAML and JSON know lists only
         if typing.get_origin(hints[key]) is Literal:
             if value not in kinds:
                 raise ValueError(f"{prefix}{key} must be one of {', '.join(map(repr, kinds))}; got {value!r}")

@@ -1,14 +1,16 @@
 """Crops of records, in an order that is a function of the seed alone.
 
 Training reads an endless sequence of rows. Row i is crop i % crops_per_record of the record at place
-i // crops_per_record of the record order; the record order is one permutation after another. A step's batch
-is `batch_size` rows in a row, of which each process takes its share. So the data of any step are known from the seed
-and the step: resuming needs no reader's state, and the number of processes and workers does not matter.
+i // crops_per_record of the record order; the record order is one permutation after another. Where several folders of
+shards have shares, each folder has such an order of its own, and every hundred places hold as many of each folder as
+its share says. A step's batch is `batch_size` rows in a row, of which each process takes its share. So the data of any
+step are known from the seed and the step: resuming needs no reader's state, and the number of processes and workers
+does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,10 +20,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hear_encoders.frontend import STD_OFFSET
 from training.config import RunConfig
 from training.masking import hash_seed
-from training.shards import ShardIndex
+from training.shards import JoinedShards, ShardIndex
 
 # What a hash is for, so that no two uses of the same numbers meet.
-_ORDER, _CROP = 1, 2
+_ORDER, _CROP, _MIX = 1, 2, 3
+
+_BLOCK = 100  # places after which each folder has had its share
 
 
 class Crops(Dataset):
@@ -33,15 +37,34 @@ class Crops(Dataset):
         crops_per_record: rows in a row that share a record.
         normalize: "record" or "crop", what mean and standard deviation are taken over.
         seed: of record order and crop positions.
+        shares: of the places, in hundredths, one per folder of a `JoinedShards`; None: every record alike.
+
+    Raises:
+        ValueError: shares that are not one per folder.
     """
 
-    def __init__(self, index: ShardIndex, frames: int, crops_per_record: int, normalize: str, seed: int) -> None:
+    def __init__(
+        self,
+        index: ShardIndex | JoinedShards,
+        frames: int,
+        crops_per_record: int,
+        normalize: str,
+        seed: int,
+        shares: Sequence[int] | None = None,
+    ) -> None:
+        sizes = index.sizes if isinstance(index, JoinedShards) else [len(index)]
+        if shares is not None and len(shares) != len(sizes):
+            raise ValueError(f"expected a share for each of {len(sizes)} folders of shards, got {tuple(shares)}")
         self.index = index
         self.frames = frames
         self.crops_per_record = crops_per_record
         self.normalize = normalize
         self.seed = seed
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self.shares = None if shares is None else np.array(shares)
+        self._sizes = [len(index)] if shares is None else sizes
+        self._firsts = [0, *np.cumsum(self._sizes)]
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._mix: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self._last: tuple[int, tuple[np.ndarray, float, float]] = (-1, (np.empty((0, 0)), 0.0, 0.0))
 
     def __getitem__(self, row: int) -> Tensor:
@@ -66,16 +89,28 @@ class Crops(Dataset):
 
     def record_at(self, place: int) -> int:
         """Which record stands at a place of the endless order."""
-        epoch, within = divmod(place, len(self.index))
-        if self._order[0] != epoch:
-            generator = np.random.default_rng(hash_seed(self.seed, _ORDER, epoch))
-            self._order = (epoch, generator.permutation(len(self.index)))
-        return int(self._order[1][within])
+        folder, place = (0, place) if self.shares is None else self._folder_at(place)
+        epoch, within = divmod(place, self._sizes[folder])
+        order = self._orders.get(folder)
+        if order is None or order[0] != epoch:
+            generator = np.random.default_rng(hash_seed(self.seed, _ORDER, epoch, *([folder] if folder else [])))
+            order = self._orders[folder] = (epoch, generator.permutation(self._sizes[folder]))
+        return int(self._firsts[folder] + order[1][within])
+
+    def _folder_at(self, place: int) -> tuple[int, int]:
+        """Which folder a place takes a record of, and how many places before it did."""
+        block, within = divmod(place, _BLOCK)
+        if self._mix[0] != block:
+            generator = np.random.default_rng(hash_seed(self.seed, _MIX, block))
+            self._mix = (block, generator.permutation(np.repeat(np.arange(len(self.shares)), self.shares)))
+        folder = int(self._mix[1][within])
+        return folder, block * int(self.shares[folder]) + int((self._mix[1][:within] == folder).sum())
 
 
-def run_crops(index: ShardIndex, config: RunConfig) -> Crops:
+def run_crops(index: ShardIndex | JoinedShards, config: RunConfig) -> Crops:
     """The crops that a run trains on."""
-    return Crops(index, config.encoder.patches.chunk_frames, config.crops_per_record, config.normalize, config.seed)
+    frames = config.encoder.patches.chunk_frames
+    return Crops(index, frames, config.crops_per_record, config.normalize, config.seed, config.shares)
 
 
 class RowBatches(Sampler[list[int]]):

@@ -18,7 +18,7 @@ from training.config import RunConfig
 from training.data import Crops
 from training.masking import Masking, masking_noise, random_masking
 from training.objectives import autocast, masked_loss
-from training.shards import ShardIndex
+from training.shards import JoinedShards, ShardIndex
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ class FixedCrops:
         clips: how many crops.
     """
 
-    def __init__(self, index: ShardIndex, config: RunConfig, clips: int) -> None:
+    def __init__(self, index: ShardIndex | JoinedShards, config: RunConfig, clips: int) -> None:
         self.config = config
         self.patches = config.encoder.patches
         crops = Crops(index, self.patches.chunk_frames, 1, config.normalize, _SEED)

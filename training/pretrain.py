@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,23 +41,15 @@ from training.flops import matmul_rate
 from training.held_out import FixedCrops
 from training.masking import Masking, masking_noise, random_masking
 from training.objectives import MaskedAutoencoder, MaskedModel, autocast, build_model, count_clip_flop
+from training.optimizers import build_optimizers
 from training.runlog import RunLog
-from training.shards import ShardIndex
+from training.shards import JoinedShards, ShardIndex
 
 CONFIG_FILE = "run.json"
 PICTURED_CLIPS = 4
 NOT_FINITE, BAD_USAGE = 3, 2  # exit codes
 
 logger = logging.getLogger("training")
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay: none on those of one dimension (biases, norms, tokens)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,23 +89,26 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, index: ShardIndex, run: Path, place: Place, held_out: ShardIndex | None = None
+        self,
+        config: RunConfig,
+        index: ShardIndex | JoinedShards,
+        run: Path,
+        place: Place,
+        held_out: ShardIndex | None = None,
     ) -> None:
-        self.config, self.index, self.run, self.place = config, index, run, place
+        self.config, self.run, self.place = config, run, place
+        self.crops = run_crops(index, config)
         self.total_steps, self.warmup_steps = config.steps(len(index)), config.warmup(len(index))
         if config.fsdp and config.precision == "float16":
             raise ValueError("fsdp does not go with precision = float16; use bfloat16")
+        if config.fsdp and config.optimizer == "muon":
+            raise ValueError("fsdp does not go with optimizer = muon, which needs whole matrices; use adamw")
         if config.fsdp and not dist.is_initialized():
             raise ValueError("fsdp = true needs processes to share the model: start with torchrun")
         self.model = build_model(config).to(place.device)
         if config.fsdp:
             shard(self.model, place)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=place.device.type == "cuda",
-        )
+        self.optimizers = build_optimizers(self.model, config, place.device)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.precision == "float16")
         self.step = 0
         self.stop_requested = False
@@ -134,7 +128,7 @@ class Trainer:
         tensors, state = checkpoints.load(newest)
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, tensors, options=options)
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=options)
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         logger.info("resumed from %s", newest)
@@ -142,7 +136,7 @@ class Trainer:
     def save(self) -> None:
         """Save this step. All processes take part, the leading one writes."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
+        model, optimizer = get_state_dict(self.model, self.optimizers, options=options)
         if self.place.leads:
             state = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
             checkpoints.save(self.run, self.step, model, state)
@@ -163,10 +157,10 @@ class Trainer:
             FloatingPointError: the loss is not finite; the weights are as they were before the step.
         """
         config = self.config
-        factor = learning_rate_factor(self.step, self.warmup_steps, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            optimizer.zero_grad(set_to_none=True)
         noise = masking_noise(config.seed, self.step, config.batch_size, config.encoder.patches.patches)
         outcome = torch.zeros(2, device=self.place.device)  # loss; whether a process was asked to stop
         for part, logmel in enumerate(parts):
@@ -187,14 +181,20 @@ class Trainer:
         self.stop_requested = stop > 0
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"the loss of step {self.step} is {mean_loss}")
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         limit = math.inf if config.clip_grad is None else config.clip_grad
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         self.step += 1
         return mean_loss, norm.item()
+
+    def learning_rate(self) -> float:
+        """Of the step that is next."""
+        return self.config.learning_rate * learning_rate_factor(self.step, self.warmup_steps, self.total_steps)
 
     def gradients_shared(self, last_part: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients once a step, with its last part."""
@@ -211,11 +211,10 @@ class Trainer:
             FloatingPointError: the loss of a step is not finite. The state before that step is saved.
         """
         config, place = self.config, self.place
-        crops = run_crops(self.index, config)
         batches = RowBatches(
             config.batch_size, config.accumulate, place.rank, place.processes, self.step, self.total_steps
         )
-        loader = iter(crop_loader(crops, batches, config.workers, pin_memory=place.device.type == "cuda"))
+        loader = iter(crop_loader(self.crops, batches, config.workers, pin_memory=place.device.type == "cuda"))
         log = self.open_log() if place.leads else None
         deadline = math.inf if config.max_hours is None else time.monotonic() + 3600 * config.max_hours
         if self.step == 0:
@@ -227,8 +226,13 @@ class Trainer:
                 loss, norm = self.train_step([next(loader) for _ in range(config.accumulate)])
                 ends = self.step == self.total_steps
                 if log is not None:
-                    rate = self.optimizer.param_groups[0]["lr"]
-                    log.add(loss, norm, rate, config.batch_size, time.monotonic() - begun)
+                    log.add(
+                        loss,
+                        norm,
+                        self.optimizers[0].param_groups[0]["lr"],
+                        config.batch_size,
+                        time.monotonic() - begun,
+                    )
                     if self.step % config.log_every == 0 or ends:
                         log.write(self.step)
                 self.show(log)
@@ -314,7 +318,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--data shards/ --out runs/axlstm_tiny batch_size=256 max_steps=10000",
     )
     parser.add_argument("--config", required=True, type=Path, help="YAML file, such as training/configs/mae_tiny.yaml")
-    parser.add_argument("--data", required=True, type=Path, help="directory that training.prepare wrote")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        action="append",
+        metavar="SHARDS",
+        help="directory that training.prepare wrote; may be given several times, with shares=[...] or without",
+    )
     parser.add_argument("--out", required=True, type=Path, help="directory of the run")
     parser.add_argument("--held-out", type=Path, metavar="SHARDS", help="shards to test on while it trains")
     parser.add_argument("--max-hours", type=float, help="stop and save after this long (max_hours=...)")
@@ -329,7 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = dataclasses.replace(config, max_hours=options.max_hours)
         settle_config(config, options.out, write=place.leads)
         held_out = None if options.held_out is None else ShardIndex.open(options.held_out)
-        trainer = Trainer(config, ShardIndex.open(options.data), options.out, place, held_out)
+        data = JoinedShards([ShardIndex.open(path) for path in options.data])
+        trainer = Trainer(config, data, options.out, place, held_out)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return BAD_USAGE

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +155,31 @@ class ShardIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_sidecar": (-1, [])}
+
+
+class JoinedShards:
+    """Folders of shards as one: records are numbered through, one folder after another."""
+
+    def __init__(self, indices: Sequence[ShardIndex]) -> None:
+        self.indices = list(indices)
+        self.sizes = [len(index) for index in self.indices]
+        self._ends = list(accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, i: int) -> np.ndarray:
+        """As `ShardIndex.read`."""
+        return self._call(ShardIndex.read, i)
+
+    def record(self, i: int) -> Record:
+        """As `ShardIndex.record`."""
+        return self._call(ShardIndex.record, i)
+
+    def _call(self, method: Callable[[ShardIndex, int], Any], i: int) -> Any:
+        i = range(len(self))[i]
+        folder = bisect_right(self._ends, i)
+        return method(self.indices[folder], i - self._ends[folder] + self.sizes[folder])
 
 
 class _File:

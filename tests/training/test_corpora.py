@@ -278,3 +278,18 @@ def test_packages_can_be_left_out(small_corpus, tmp_path, capsys):
 def test_without_apt_building_the_corpus_says_so(small_corpus, tmp_path, no_apt, capsys):
     assert debian.main([str(small_corpus), "--cache", str(tmp_path / "cache")]) == debian.BAD_USAGE
     assert "fetched with apt" in capsys.readouterr().err
+
+
+def test_held_out_packages_get_shards_of_their_own(small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(debian, "HELD_OUT", ("toys",))
+    debian.main([str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"])
+    index = ShardIndex.open(small_corpus / "shards/held_out")
+    assert {index.record(i).source.partition("/")[0] for i in range(len(index))} == {"toys"}
+    assert not (small_corpus / "shards/music").exists() and not (small_corpus / "shards/sounds").exists()
+
+
+def test_every_held_out_package_is_in_the_corpus_and_there_is_some_of_every_kind():
+    held_out = [entry for entry in debian.read_manifest() if entry.part == "held_out"]
+    assert {entry.package for entry in held_out} == set(debian.HELD_OUT)
+    assert {entry.kind for entry in held_out} == set(debian.KINDS)
+    assert 1 < sum(entry.seconds for entry in held_out) / 3600 < 2

@@ -28,7 +28,7 @@ from training.data import Crops, RowBatches, crop_loader
 from training.held_out import FixedCrops
 from training.objectives import count_clip_flop
 from training.pictures import main as pictures_main
-from training.shards import ShardIndex
+from training.shards import JoinedShards, ShardIndex
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"
@@ -161,10 +161,13 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(sha
     assert [line["step"] for line in read_log(tmp_path / "killed")] == [10, 20, 30, 40, 50, 60]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(family, shards, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "optimizer"), [*((family, "adamw") for family in FAMILIES), ("axlstm", "muon"), ("mae", "muon")]
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(family, optimizer, shards, tmp_path):
     def trainer(out, *overrides):
-        config = load_run_config(CONFIGS / f"{family}_tiny.yaml", [*small(family), *overrides])
+        settings = [*small(family), f"optimizer={optimizer}", *overrides]
+        config = load_run_config(CONFIGS / f"{family}_tiny.yaml", settings)
         return pretrain.Trainer(config, ShardIndex.open(shards), out, CPU)
 
     whole = trainer(tmp_path / "whole")
@@ -193,6 +196,8 @@ def test_sharing_out_a_model_needs_processes(shards, tmp_path, capsys):
     assert "start with torchrun" in capsys.readouterr().err
     assert pretrain.main(command("mae", shards, tmp_path / "half", "fsdp=true", "precision=float16")[2:]) == 2
     assert "use bfloat16" in capsys.readouterr().err
+    assert pretrain.main(command("mae", shards, tmp_path / "muon", "fsdp=true", "optimizer=muon")[2:]) == 2
+    assert "use adamw" in capsys.readouterr().err
 
 
 def test_accumulated_parts_match_the_whole_batch(shards, tmp_path):
@@ -369,6 +374,39 @@ def test_rows_do_not_depend_on_processes_workers_or_where_reading_begins(shards)
     batches = RowBatches(8, 1, 0, 1, first_step=1, steps=3)
     read = torch.cat(list(crop_loader(crops, batches, workers=2, pin_memory=False)))
     assert torch.equal(read, expected[8:])
+
+
+def test_folders_with_shares_come_as_often_as_these_say_and_every_record_of_each_in_turn(shards, eight_clips):
+    joined = JoinedShards([ShardIndex.open(shards), ShardIndex.open(eight_clips)])
+    assert joined.sizes == [8, 8] and joined.record(11) == joined.indices[1].record(3)
+    assert np.array_equal(joined.read(-1), joined.indices[1].read(7))
+    with pytest.raises(IndexError):
+        joined.read(16)
+    crops = Crops(joined, 200, 2, "record", seed=3, shares=(75, 25))
+    places = [crops.record_at(place) for place in range(400)]
+    assert all(sum(record >= 8 for record in places[first : first + 100]) == 25 for first in range(0, 400, 100))
+    for folder in (range(8), range(8, 16)):
+        drawn = [record for record in places if record in folder]
+        assert all(sorted(drawn[first : first + 8]) == list(folder) for first in range(0, len(drawn) // 8 * 8, 8))
+    again = Crops(joined, 200, 2, "record", seed=3, shares=(75, 25))
+    assert [again.record_at(place) for place in reversed(range(400))] == places[::-1]
+    alike = Crops(joined, 200, 2, "record", seed=3)
+    assert sorted(alike.record_at(place) for place in range(16)) == list(range(16))
+
+
+def test_shares_that_do_not_fit_the_folders_are_refused(shards, tmp_path, capsys):
+    for shares, expected in (("[50,50]", "a share for each of 1 folders"), ("[60,50]", "make 100 together")):
+        run = command("mae", shards, tmp_path / "run", f"shares={shares}")[2:]
+        assert pretrain.main(run) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_a_run_reads_several_folders_and_keeps_their_shares(shards, eight_clips, tmp_path):
+    run = command("mae", shards, tmp_path, "shares=[40,60]", "max_steps=1")[2:]
+    run[2:2] = ["--data", str(eight_clips)]
+    assert pretrain.main(run) == 0
+    assert pretrain.read_run_config(tmp_path).shares == (40, 60)
+    assert pretrain.main([*run, "shares=[50,50]"]) == 2
 
 
 def test_crops_are_normalized_over_the_record_or_the_crop(shards):

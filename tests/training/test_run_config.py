@@ -8,12 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from hear_encoders import PRESETS
 from hear_encoders.config import PatchConfig
 from training.config import RunConfig, learning_rate_factor, load_run_config, run_config_from_dict
 from training.objectives import build_model, count_clip_flop
-from training.pretrain import parameter_groups
+from training.optimizers import build_optimizers
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -147,8 +148,10 @@ def test_epochs_become_steps():
 
 @pytest.mark.parametrize("name", ["audiomaepp_tiny", "axlstm_tiny"])
 def test_weight_decay_spares_biases_norms_and_tokens(name):
-    model = build_model(load_run_config(CONFIGS / f"{name}.yaml", ["encoder.depth=1"]))
-    decayed, spared = parameter_groups(model, 0.05)
+    config = load_run_config(CONFIGS / f"{name}.yaml", ["encoder.depth=1"])
+    model = build_model(config)
+    (adamw,) = build_optimizers(model, config, torch.device("cpu"))
+    decayed, spared = adamw.param_groups
     assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
     ids = {id(parameter) for parameter in spared["params"]}
@@ -156,6 +159,21 @@ def test_weight_decay_spares_biases_norms_and_tokens(name):
     tokens_biases_norms = re.compile(r".*(bias|_token|skip|norm\d?\.weight)")
     assert all(tokens_biases_norms.fullmatch(parameter_name) for parameter_name in spared_names)
     assert any(parameter_name.endswith("mask_token") for parameter_name in spared_names)
+
+
+@pytest.mark.parametrize("name", ["audiomaepp_tiny_cpu", "axlstm_tiny_cpu"])
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(name):
+    config = load_run_config(CONFIGS / f"{name}.yaml", ["encoder.depth=1", "optimizer=muon"])
+    model = build_model(config)
+    names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
+    adamw, muon = (
+        [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        for optimizer in build_optimizers(model, config, torch.device("cpu"))
+    )
+    assert sorted(adamw + muon) == sorted(names.values())
+    assert all("blocks." in n for n in muon) and not [n for n in muon if "gate_" in n or "conv" in n]
+    linear = re.compile(r".*blocks\..*(qkv|out|up|down|value|gate)\.weight")
+    assert [n for n in muon if not linear.fullmatch(n)] == [] == [n for n in adamw if linear.fullmatch(n)]
 
 
 def test_a_run_is_frozen():
