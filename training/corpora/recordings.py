@@ -24,7 +24,7 @@ from hear_encoders.frontend import SAMPLE_RATE
 from training.corpora.archive import locate
 
 # What libsndfile does not read, and FFmpeg's name of the format.
-_AV_FORMATS = {".g722": "g722", ".wv": "wv"}
+_AV_FORMATS = {".g722": "g722", ".mkv": "matroska", ".wv": "wv"}
 
 _SOUND_FONT_SAMPLE = re.compile(r"extracted/(?P<font>[^/]+)/(?P<number>\d+)_k\d+_(?P<name>[^/]*)\.flac")
 _WAD_LUMP = re.compile(r"(?P<wad>.+\.wad)\.d/(?P<lump>[^/]{1,8})\.wav")
@@ -39,7 +39,7 @@ def check_decoders(recordings: Iterable[str]) -> None:
     """Find out before anything is fetched whether recordings can be decoded here.
 
     Raises:
-        ImportError: some are G.722 or WavPack, and PyAV is not installed.
+        ImportError: some are G.722, Matroska or WavPack, and PyAV is not installed.
     """
     needing = [recording for recording in recordings if Path(recording).suffix.lower() in _AV_FORMATS]
     if needing:
@@ -61,7 +61,7 @@ def read_recording(recording: str, cache: Path) -> np.ndarray:
     Raises:
         FileNotFoundError: it is not there. The lists are of Debian 12; another release may have moved it.
         ValueError: it cannot be decoded.
-        ImportError: it is G.722 or WavPack, and PyAV is not installed.
+        ImportError: it is G.722, Matroska or WavPack, and PyAV is not installed.
     """
     package, path = recording.split("/", 1)
     folder = cache / package
