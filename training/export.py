@@ -17,11 +17,17 @@ from training.config import RunConfig
 from training.pretrain import CONFIG_FILE, read_run_config
 
 
-def export(run: Path, output: Path) -> None:
+def export(run: Path, output: Path, half: bool = False) -> None:
     """Write the encoder of a run's newest checkpoint, and the beginning of a model card.
+
+    Args:
+        run: directory of the run.
+        output: directory to write.
+        half: store the weights as float16, in half the space; `load_model` makes float32 of them.
 
     Raises:
         FileNotFoundError: no such run, or one without a checkpoint.
+        ValueError: a weight does not fit into float16.
     """
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{run} is not a run: it has no {CONFIG_FILE}")
@@ -32,7 +38,10 @@ def export(run: Path, output: Path) -> None:
     tensors, state = checkpoints.load(newest)
     prefix = "encoder."
     encoder_tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    save_checkpoint(output, encoder_from_tensors(config.encoder, encoder_tensors, str(newest)))
+    if half:
+        encoder_tensors = {name: tensor.half() for name, tensor in encoder_tensors.items()}  # checked just below
+    encoder = encoder_from_tensors(config.encoder, encoder_tensors, str(newest))
+    save_checkpoint(output, encoder.half() if half else encoder)
     with atomic_write(output / "README.md") as file:
         file.write(_model_card(config, run, state["step"]).encode())
 
@@ -75,9 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m training.export", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument("output", type=Path, metavar="OUT_DIR")
+    parser.add_argument("--half", action="store_true", help="store the weights as float16, in half the space")
     options = parser.parse_args(arguments)
     try:
-        export(options.run, options.output)
+        export(options.run, options.output, options.half)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

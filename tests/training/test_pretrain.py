@@ -353,6 +353,19 @@ def test_an_exported_run_gives_the_features_of_the_trained_encoder(family, shard
     assert "Steps: 12, of 8 crops" in card and '"max_steps": 12' in card
 
 
+def test_weights_exported_as_float16_take_half_the_space_and_cost_little_accuracy(shards, tmp_path):
+    train("axlstm", shards, tmp_path / "run")
+    for name, options in (("whole", []), ("half", ["--half"])):
+        assert export.main([str(tmp_path / "run"), str(tmp_path / name), *options]) == 0
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.55 * sizes[0]
+    audio = torch.randn(1, 32000, generator=torch.Generator().manual_seed(0)) / 10
+    models = [hear_axlstm.load_model(tmp_path / name) for name in ("whole", "half")]
+    assert all(parameter.dtype == torch.float32 for parameter in models[1].parameters())
+    whole, half = (hear_axlstm.get_scene_embeddings(audio, model) for model in models)
+    assert 0 < (half - whole).norm() / whole.norm() < 1e-3
+
+
 def test_exporting_what_is_no_run_is_an_error(tmp_path, capsys):
     assert export.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "is not a run" in capsys.readouterr().err
