@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -21,9 +20,8 @@ from hear_encoders import hub
 from hear_encoders.atomic import atomic_write, write_json
 from hear_encoders.config import EncoderConfig, config_to_dict, read_config
 from hear_encoders.encoders import ENCODER_OF_CONFIG, Encoder
-from hear_encoders.hub import CONFIG_FILE, WEIGHTS_FILE
+from hear_encoders.hub import CONFIG_FILE, REPO_ID, WEIGHTS_FILE
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLES = {".pth", ".pt", ".bin", ".ckpt"}
 
 
@@ -53,7 +51,7 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
             return path
         hint = "; for a checkpoint of the released code run `hear-weights import`" if path.suffix in _PICKLES else ""
         raise ValueError(f"{path}: expected a directory or a .safetensors file{hint}")
-    if _REPO_ID.fullmatch(str(source)):
+    if REPO_ID.fullmatch(str(source)):
         return hub.fetch_checkpoint(str(source), revision) / WEIGHTS_FILE
     raise FileNotFoundError(f"{source}: no such file or directory, and not the name of a Hub repository (org/name)")
 

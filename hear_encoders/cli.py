@@ -1,10 +1,11 @@
-"""The two commands: `hear-embed` (audio files to embeddings) and `hear-weights` (look at and convert weights)."""
+"""The two commands: `hear-embed` (audio files to embeddings) and `hear-weights` (show, convert and publish)."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import get_args
 import torch
 from tqdm import tqdm
 
-from hear_encoders import checkpoint
+from hear_encoders import checkpoint, hub
 from hear_encoders.config import InputGate, config_to_dict
 from hear_encoders.corpus import AudioFile, embed_corpus, find_audio
 from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Precision, resolve_precision
@@ -152,10 +153,14 @@ def _settings(embedder: Embedder, model: str, root: Path) -> dict[str, str]:
 
 
 def weights_main(arguments: Sequence[str] | None = None) -> int:
-    """`hear-weights`: show a checkpoint, or import one of the papers' released code. Returns the exit code."""
+    """`hear-weights`: show a checkpoint, import one of the papers' released code, or publish one on the Hub.
+
+    Returns:
+        The exit code.
+    """
     parser = argparse.ArgumentParser(
         "hear-weights",
-        description="Look at checkpoints and convert released ones.",
+        description="Look at checkpoints, convert released ones and publish them.",
         epilog="examples: hear-weights show weights/    hear-weights import mae_base.pth mae-base/ --heads 12",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -177,10 +182,25 @@ def weights_main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("--no-flip", action="store_true", help="an AxLSTM that was trained without flipping")
     convert.add_argument("--input-gate", choices=get_args(InputGate), default="exponential", help="of an AxLSTM")
 
+    push = commands.add_parser(
+        "push",
+        help="publish a checkpoint on the Hugging Face Hub; without --yes, only show what would be uploaded",
+        epilog="example: hear-weights push weights/ org/name --card MODEL_CARD.md",
+    )
+    push.add_argument("folder", metavar="DIR", type=Path, help="with config.json, model.safetensors and README.md")
+    push.add_argument("repository", metavar="ORG/NAME", help="made if it does not exist")
+    push.add_argument("--card", type=Path, metavar="PATH", help="the model card; default: README.md in DIR")
+    push.add_argument("--private", action="store_true", help="make the repository private, refuse a public one")
+    push.add_argument("--message", type=_text, default="Upload checkpoint", help="of the commit; default: %(default)s")
+    push.add_argument("--yes", action="store_true", help="upload; needs a token: HF_TOKEN or `hf auth login`")
+
     options = parser.parse_args(arguments)
     try:
         if options.command == "show":
             _show(checkpoint.resolve(options.source, options.revision))
+        elif options.command == "push":
+            words = sys.argv[1:] if arguments is None else arguments
+            _push(options, shlex.join([parser.prog, "push", "--yes", *words[1:]]))
         else:
             config, tensors = import_checkpoint(
                 options.checkpoint, options.heads, flip=not options.no_flip, input_gate=options.input_gate
@@ -208,6 +228,38 @@ def _show(weights: Path) -> None:
         print(f"{name:<16}  {value}")
 
 
+def _push(options: argparse.Namespace, command: str) -> None:
+    """Publish a checkpoint, or show what would be published; `command` is the line that does."""
+    hub.check_repo_id(options.repository)
+    if not options.folder.is_dir():
+        raise ValueError(f"{options.folder}: expected a directory with {hub.CONFIG_FILE} and {hub.WEIGHTS_FILE}")
+    checkpoint.load_checkpoint(options.folder)  # what does not load is not published
+    card = options.card or options.folder / hub.CARD_FILE
+    text = _read_card(card)
+    files = {name: options.folder / name for name in (hub.CONFIG_FILE, hub.WEIGHTS_FILE)} | {hub.CARD_FILE: card}
+    print(f"{'repository':<18}{options.repository}{' (private)' if options.private else ''}")
+    print(f"{'commit message':<18}{options.message}")
+    for name, path in files.items():
+        print(f"{name:<18}{path.stat().st_size:>13,} bytes  SHA-256 {checkpoint.sha256(path)}  {path}")
+    if options.yes:
+        url, commit = hub.push_files(options.repository, files, options.message, private=options.private)
+        print(f"{'commit':<18}{commit}\n{url}")
+    else:
+        print(f"\n{hub.CARD_FILE}:\n\n{text.rstrip()}\n\nNothing was uploaded. To upload this:\n{command}")
+
+
+def _read_card(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"no model card {path}: write one there, or give one with --card PATH")
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: a model card is UTF-8 text ({error})") from error
+    if not text.strip():
+        raise ValueError(f"{path}: the model card is empty")
+    return text
+
+
 def _say(prog: str, message: str) -> None:
     tqdm.write(f"{prog}: {message}", file=sys.stderr)  # above a progress bar, if there is one
 
@@ -217,6 +269,13 @@ def _output_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return Path(text)
+
+
+def _text(text: str) -> str:
+    """An argparse type: text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def _positive(kind: type[float]) -> Callable[[str], float]:

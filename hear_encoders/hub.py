@@ -1,15 +1,20 @@
-"""Checkpoints from the Hugging Face Hub: the local snapshot directory of a repository.
+"""Checkpoints on the Hugging Face Hub: the local snapshot directory of a repository, and a commit to one.
 
-huggingface_hub is imported only when a checkpoint is fetched, so that importing the package stays quick; its
-settings (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, ...) mean what they mean to that library.
+huggingface_hub is imported only when it is needed, so that importing the package stays quick; its settings (HF_HOME,
+HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, ...) mean what they mean to that library.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"  # what the Hub shows as the model card
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def fetch_checkpoint(repo_id: str, revision: str | None = None) -> Path:
@@ -56,18 +61,28 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> Path:
 
 def _download(repo_id: str, filename: str, revision: str | None, where: str) -> Path:
     from huggingface_hub import hf_hub_download
+
+    try:
+        # A file gets to its place only once its size is the announced one (with Xet: its hash), so none is partial.
+        return Path(hf_hub_download(repo_id, filename, revision=revision))
+    except _errors() as err:
+        if isinstance(err, OSError) and err.errno is not None:
+            raise  # from the disk, not from the network
+        raise _explain(err, repo_id, filename, where) from err
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What the functions of huggingface_hub raise when the disk or the network fails them."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # The HTTP client is requests in 0.x (all its errors are OSErrors), httpx in 1.x and httpx2 in 2.x (all its errors
     # have the first base of the library's); the Xet and hf_transfer backends raise RuntimeError.
-    client_error = HfHubHTTPError.__bases__[0]
-    try:
-        # A file gets to its place only once its size is the announced one (with Xet: its hash), so none is partial.
-        return Path(hf_hub_download(repo_id, filename, revision=revision))
-    except (OSError, RuntimeError, client_error) as err:
-        if isinstance(err, OSError) and err.errno is not None:
-            raise  # from the disk, not from the network
-        raise _explain(err, repo_id, filename, where) from err
+    return OSError, RuntimeError, HfHubHTTPError.__bases__[0]
+
+
+def _status(err: BaseException) -> int | None:
+    """The HTTP status that an error is about, if it is about one."""
+    return getattr(getattr(err, "response", None), "status_code", None)
 
 
 def _explain(err: Exception, repo_id: str, filename: str, where: str) -> OSError:
@@ -77,7 +92,7 @@ def _explain(err: Exception, repo_id: str, filename: str, where: str) -> OSError
     file = f"{filename} of {where}"
     # The library reports a failed look-up of an uncached file as "not in the cache"; the cause says why it failed.
     cause = err.__cause__ or err if isinstance(err, errors.LocalEntryNotFoundError) else err
-    status = getattr(getattr(cause, "response", None), "status_code", None)
+    status = _status(cause)
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return FileNotFoundError(
             f"{file} is not in the cache ({constants.HF_HUB_CACHE}) and offline mode is on: "
@@ -115,4 +130,103 @@ def _explain(err: Exception, repo_id: str, filename: str, where: str) -> OSError
     return ConnectionError(
         f"the download of {file} failed: try again; if it still fails, delete {partial}, which some versions of "
         f"huggingface_hub cannot complete ({type(cause).__name__}: {cause})"
+    )
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Check, without asking the Hub, that a repository may have this name.
+
+    Raises:
+        ValueError: it may not.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not REPO_ID.fullmatch(repo_id):
+        raise ValueError(f"{repo_id!r} is not the name of a Hub repository: expected 'org/name'")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as err:
+        raise ValueError(f"{repo_id!r} cannot be the name of a Hub repository: {err}") from err
+
+
+def push_files(repo_id: str, files: Mapping[str, Path], message: str, *, private: bool = False) -> tuple[str, str]:
+    """Upload files to the default branch of a model repository, in one commit; the repository is made if need be.
+
+    Files of other names that the repository holds stay as they are. If it holds all of these already, unchanged,
+    there is no new commit.
+
+    Args:
+        repo_id: the repository, "org/name".
+        files: the local file of each name in the repository.
+        message: of the commit; not empty.
+        private: make the repository private if it is new, and upload nothing if it is there and public. Otherwise
+            a new repository is what its owner's settings say, public as a rule.
+
+    Returns:
+        URL and hash of the commit that holds the files.
+
+    Raises:
+        ValueError: the name is not one of a repository, or the Hub finds the metadata of the card invalid.
+        FileNotFoundError: one of the files is not there.
+        PermissionError: there is no token, it may not write to the repository, or the repository is public though
+            `private` was asked for.
+        ConnectionError: the Hub cannot be reached, offline mode is on, or it answered with an error.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    check_repo_id(repo_id)
+    token = get_token()
+    if token is None:
+        raise PermissionError(
+            f"there is no token to upload to {repo_id!r} with: set HF_TOKEN or run `hf auth login`, with a token that "
+            "may write to it"
+        )
+    for path in files.values():
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=True if private else None, exist_ok=True)
+        # `private` means nothing for a repository that is there already: what it is must be asked.
+        exposed = private and not api.repo_info(repo_id).private
+        if not exposed:
+            operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+            commit = api.create_commit(repo_id, operations, commit_message=message)
+    except (*_errors(), json.JSONDecodeError) as err:
+        # The library reports the failed upload of a large file as a RuntimeError; the cause says why it failed.
+        cause = err.__cause__ if isinstance(err, RuntimeError) and isinstance(err.__cause__, Exception) else err
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise cause from None  # from the disk, not from the network
+        raise _explain_push(cause, repo_id) from err
+    if exposed:
+        raise PermissionError(
+            f"the repository {repo_id!r} is there already and public, though private was asked for: nothing was "
+            "uploaded; make it private on the Hub, or push without asking for that"
+        )
+    return commit.commit_url, commit.oid
+
+
+def _explain_push(err: Exception, repo_id: str) -> OSError:
+    """The built-in exception that says what went wrong and what to do, for an error of huggingface_hub in a push."""
+    from huggingface_hub import constants, errors
+
+    status = _status(err)
+    details = " ".join(str(err).split())  # with the Hub's own words, in one line
+    if isinstance(err, errors.OfflineModeIsEnabled):
+        return ConnectionError(f"nothing was uploaded to {repo_id!r}, offline mode is on: unset HF_HUB_OFFLINE")
+    if status in (401, 403):
+        return PermissionError(
+            f"the Hub does not let this token write to {repo_id!r} (HTTP {status}): set HF_TOKEN or run "
+            f"`hf auth login` with a token that may ({details})"
+        )
+    if status is not None:
+        return ConnectionError(f"the Hub answered HTTP {status} to the upload to {repo_id!r} ({details})")
+    if isinstance(err, json.JSONDecodeError):
+        return ConnectionError(
+            f"{constants.ENDPOINT} did not answer as a Hub does: check HF_ENDPOINT and proxies ({details})"
+        )
+    return ConnectionError(
+        f"the upload to {repo_id!r} failed, the Hub ({constants.ENDPOINT}) could not be reached or did not finish its "
+        f"answer: try again ({type(err).__name__}: {details})"
     )

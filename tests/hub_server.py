@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on loopback: the part of its protocol that downloading a file uses.
+"""A stand-in for the Hugging Face Hub on loopback: the part of its protocol that downloads and commits use.
 
     with contextlib.closing(HubServer()) as hub:
         commit = hub.commit("org/name", {"config.json": b"{}", "model.safetensors": b"..."})
@@ -7,12 +7,15 @@
 
 Small files are answered directly. Files named *.safetensors are answered like large files on the Hub: the look-up
 carries the file's hash and size and redirects to a storage server on another host (the same machine by its other
-name: some versions of the client compare host names, without ports, to tell storage from the Hub).
+name: some versions of the client compare host names, without ports, to tell storage from the Hub). They are uploaded
+the same way: first to storage, as git-lfs does, and then named by their hash in the commit.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -32,6 +35,7 @@ class Request:
     path: str
     headers: dict[str, str]
     storage: bool
+    body: bytes = b""
 
 
 @dataclass
@@ -39,6 +43,7 @@ class _Repo:
     private: bool = False
     gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)  # of the commits, in their order
     branches: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,6 +74,7 @@ class HubServer:
         before_answer: called with each request before it is answered, for what happens meanwhile on the Hub.
         honours_ranges: False makes the server send whole files to whoever asks for a part.
         misreported_commit: sent instead of the true X-Repo-Commit, as a broken mirror might.
+        card_errors: what it finds wrong with the metadata of every model card.
     """
 
     def __init__(self) -> None:
@@ -76,6 +82,7 @@ class HubServer:
         self.before_answer: Callable[[Request], None] | None = None
         self.honours_ranges = True
         self.misreported_commit: str | None = None
+        self.card_errors: list[str] = []
         self._repos: dict[str, _Repo] = {}
         self._objects: dict[str, bytes] = {}
         self._faults: list[_Fault] = []
@@ -99,15 +106,25 @@ class HubServer:
         branch: str = "main",
         private: bool = False,
         gated: bool = False,
+        message: str = "",
     ) -> str:
         """Put a commit of these files at the tip of a branch, making the repository if need be; its id."""
         repo = self._repos.setdefault(repo_id, _Repo())
         repo.private, repo.gated = private, gated
         commit = hashlib.sha1(f"{repo_id} {len(repo.commits)}".encode()).hexdigest()
         repo.commits[commit] = dict(files)
+        repo.messages.append(message)
         self._objects |= {hashlib.sha256(body).hexdigest(): body for body in files.values()}
         repo.branches[branch] = commit
         return commit
+
+    def history(self, repo_id: str) -> list[tuple[str, str, dict[str, bytes]]]:
+        """Hash, message and files of each commit, the oldest first; empty if there is no such repository."""
+        repo = self._repos.get(repo_id, _Repo())
+        return [(commit, message, files) for (commit, files), message in zip(repo.commits.items(), repo.messages)]
+
+    def is_private(self, repo_id: str) -> bool:
+        return self._repos[repo_id].private
 
     def fail(self, filename: str, status: int, *, method: str | None = None, times: float = float("inf")) -> None:
         """Answer requests for a file (of one method, or any) with this status, `times` times."""
@@ -130,10 +147,11 @@ class HubServer:
                 self.before_answer(request)
             path = urlsplit(request.path).path
             filename = unquote(path.rpartition("/")[2])
-            answer = self._storage_answer(path) if request.storage else self._hub_answer(request, path)
             for fault in self._faults:
                 if fault.status is not None and fault.take(request.method, filename):
                     return _Answer(fault.status, b"out of order")
+            answer = self._storage_answer(request, path) if request.storage else self._hub_answer(request, path)
+            for fault in self._faults:
                 if fault.cut_at is not None and answer.status == 200 and fault.take(request.method, filename):
                     answer.cut_at = fault.cut_at
                     if not fault.announced:
@@ -143,7 +161,7 @@ class HubServer:
     def _hub_answer(self, request: Request, path: str) -> _Answer:
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if match is None:
-            return _Answer(404, b"Not Found")
+            return self._api_answer(request, path)
         repo_id, revision, filename = match[1], unquote(match[2]), unquote(match[3])
         authorization = request.headers.get("authorization")
         authorized = authorization == f"Bearer {TOKEN}"
@@ -167,15 +185,76 @@ class HubServer:
         if body is None:
             return _error(404, "EntryNotFound", "Entry not found", headers)
         if not filename.endswith(".safetensors"):
-            blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-            return _Answer(200, body, {**headers, "ETag": f'"{blob}"'})
+            return _Answer(200, body, {**headers, "ETag": f'"{_blob(body)}"'})
         sha256 = hashlib.sha256(body).hexdigest()
         location = f"{self.storage_url}/{sha256}/{quote(filename)}?signature=valid"
         linked = {"X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(len(body)), "Location": location}
         return _Answer(302, f"Found. Redirecting to {location}".encode(), {**headers, **linked})
 
-    def _storage_answer(self, path: str) -> _Answer:
+    def _api_answer(self, request: Request, path: str) -> _Answer:
+        """What is not a file: all that a commit takes, and a look at a repository."""
+        if request.headers.get("authorization") != f"Bearer {TOKEN}":
+            return _error(401, None, "Invalid username or password.")
+        if path == "/api/validate-yaml":
+            errors = [{"message": message} for message in self.card_errors]
+            return _json(400 if errors else 200, {"errors": errors, "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(json.loads(request.body))
+        batch = re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path)
+        match = batch or re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/(revision|preupload|commit)/main)?", path)
+        if match is None:
+            return _Answer(404, b"Not Found")
+        repo_id = match[1]
+        repo = self._repos.get(repo_id)
+        if repo is None:
+            return _error(404, "RepoNotFound", "Repository not found")
+        tip = repo.commits[repo.branches["main"]]
+        if batch:
+            return self._batch(json.loads(request.body)["objects"])
+        if match[2] == "preupload":
+            names = [file["path"] for file in json.loads(request.body)["files"]]
+            return _json(200, {"files": [_upload_mode(name, tip.get(name)) for name in names]})
+        if match[2] == "commit":
+            header, *changes = [json.loads(line) for line in request.body.splitlines()]
+            files = {change["value"]["path"]: self._content(change) for change in changes}
+            if None in files.values():
+                return _error(400, None, "Your push was rejected: an LFS pointer points to a file that does not exist")
+            message = header["value"]["summary"]
+            commit = self.commit(repo_id, tip | files, private=repo.private, gated=repo.gated, message=message)
+            url = f"{self.url}/{repo_id}/commit/{commit}"
+            return _json(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+        return _json(200, {"id": repo_id, "private": repo.private, "sha": repo.branches["main"], "siblings": []})
+
+    def _create(self, wish: dict[str, Any]) -> _Answer:
+        repo_id = f"{wish['organization']}/{wish['name']}"
+        exists = repo_id in self._repos
+        if not exists:
+            private = bool(wish.get("private")) or wish.get("visibility") == "private"  # as older and newer clients say
+            self.commit(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
+        return _json(409 if exists else 200, {"url": f"{self.url}/{repo_id}", "name": repo_id})
+
+    def _batch(self, objects: list[dict[str, Any]]) -> _Answer:
+        answers = []
+        for wanted in objects:
+            upload = {"upload": {"href": f"{self.storage_url}/{wanted['oid']}/upload?signature=valid"}}
+            there = wanted["oid"] in self._objects
+            answers.append({"oid": wanted["oid"], "size": wanted["size"], **({} if there else {"actions": upload})})
+        return _json(200, {"transfer": "basic", "objects": answers})
+
+    def _content(self, change: dict[str, Any]) -> bytes | None:
+        """The content of a file in a commit; None if it should be in storage and is not."""
+        if change["key"] == "lfsFile":
+            return self._objects.get(change["value"]["oid"])
+        assert (change["key"], change["value"]["encoding"]) == ("file", "base64")
+        return base64.b64decode(change["value"]["content"])
+
+    def _storage_answer(self, request: Request, path: str) -> _Answer:
         sha256 = path.split("/")[1]
+        if request.method == "PUT":
+            if hashlib.sha256(request.body).hexdigest() != sha256:
+                return _Answer(400, b"not the announced content")
+            self._objects[sha256] = request.body
+            return _Answer(200, b"")
         if sha256 not in self._objects:
             return _Answer(404, b"no such object")
         return _Answer(200, self._objects[sha256], {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
@@ -192,6 +271,22 @@ class _Answer:
 def _error(status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> _Answer:
     codes = {} if code is None else {"X-Error-Code": code}
     return _Answer(status, message.encode(), {**(headers or {}), **codes, "X-Error-Message": message})
+
+
+def _json(status: int, value: Any) -> _Answer:
+    return _Answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+
+def _blob(body: bytes) -> str:
+    """The name git gives to a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+def _upload_mode(name: str, body: bytes | None) -> dict[str, Any]:
+    """How a file is to be uploaded, and what the repository has by its name."""
+    large = name.endswith(".safetensors")
+    mode = {"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+    return mode if body is None else {**mode, "oid": hashlib.sha256(body).hexdigest() if large else _blob(body)}
 
 
 class _Server(ThreadingHTTPServer):
@@ -216,10 +311,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
+    def do_POST(self) -> None:
+        self._serve()
+
+    def do_PUT(self) -> None:
+        self._serve()
+
     def _serve(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
         hub = self.server.hub
-        answer = hub.answer(Request(self.command, self.path, headers, self.server.storage))
+        answer = hub.answer(Request(self.command, self.path, headers, self.server.storage, self._body(headers)))
         status, body, start = answer.status, answer.body, 0
         wanted = re.fullmatch(r"bytes=(\d+)-", headers.get("range", ""))
         if wanted and status == 200 and hub.honours_ranges:
@@ -234,12 +335,22 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(max(0, len(body) - start)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             if answer.cut_at is not None and status in (200, 206):
                 self.wfile.write(body[start : max(start, answer.cut_at)])
                 self.close_connection = True
             else:
                 self.wfile.write(body[start:])
+
+    def _body(self, headers: dict[str, str]) -> bytes:
+        if headers.get("transfer-encoding") != "chunked":
+            return self.rfile.read(int(headers.get("content-length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
