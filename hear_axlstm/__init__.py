@@ -5,13 +5,19 @@ import hear_axlstm
 model = hear_axlstm.load_model()
 embeddings = hear_axlstm.get_scene_embeddings(audio, model)  # (clips, samples) -> (clips, size)
 embeddings, timestamps_ms = hear_axlstm.get_timestamp_embeddings(audio, model)
+
+And on audio that is still arriving, for an AxLSTM without flip:
+
+stream = hear_axlstm.stream(model)
+embeddings, timestamps_ms = stream.push(samples)  # any number of samples -> the 40 ms steps they complete
 """
 
 from pathlib import Path
 
 from hear_encoders.hear import HearModule
+from hear_encoders.stream import AxLSTMStream
 
-__all__ = ["get_scene_embeddings", "get_timestamp_embeddings", "load_model"]
+__all__ = ["get_scene_embeddings", "get_timestamp_embeddings", "load_model", "stream"]
 
 MODULE = HearModule(
     name=__name__,
@@ -23,3 +29,4 @@ MODULE = HearModule(
 load_model = MODULE.load_model
 get_scene_embeddings = MODULE.get_scene_embeddings
 get_timestamp_embeddings = MODULE.get_timestamp_embeddings
+stream = AxLSTMStream

@@ -8,6 +8,7 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. What those are made of:
     mlstm, axlstm               the mLSTM cell, the AxLSTM encoder
     encoders                    from a configuration to an encoder
     embedder                    framing, batching, embeddings, timestamps
+    stream                      AxLSTM on audio that is still arriving
     checkpoint, hub             reading and writing weights: bundled, path, Hugging Face Hub
     reference                   the papers' released code: its framing, its checkpoints
     audio, corpus, outputs      audio files in, embeddings out: many files at a time

@@ -79,7 +79,7 @@ class Embedder(nn.Module):
         self.framing = framing
         self.precision = precision
         self.max_chunks = max_chunks
-        self.statistics = None if statistics is None else _check_statistics(statistics)
+        self.statistics = None if statistics is None else check_statistics(statistics)
         self.log_mel = LogMel()
         patches = encoder.config.patches
         if patches.bands != BANDS:
@@ -268,7 +268,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def _check_statistics(statistics: Sequence[float]) -> tuple[float, float]:
+def check_statistics(statistics: Sequence[float]) -> tuple[float, float]:
     if not (
         isinstance(statistics, (list, tuple))
         and len(statistics) == 2
