@@ -267,10 +267,10 @@ assert timestamps[0, -1] == 40 * 89999 + 15
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "depth"), [("audiomaepp_tiny", 12), ("axlstm_tiny", 2)])
-def test_an_hour_runs_in_less_than_1500_mb(preset, depth):
+@pytest.mark.parametrize("preset", ["audiomaepp_tiny", "axlstm_tiny"])
+def test_an_hour_runs_in_less_than_1500_mb(preset):
     # Depth costs time, not memory: one block's activations are freed before the next block runs.
-    program = MEMORY_PROGRAM.format(preset=preset, depth=depth)
+    program = MEMORY_PROGRAM.format(preset=preset, depth=2)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 1500
 
