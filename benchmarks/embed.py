@@ -31,7 +31,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.measure import LEAST_TURNS, format_machine, format_table, peak_bytes, progress, take_turns
+from benchmarks.measure import (
+    LEAST_TURNS,
+    argument_parser,
+    format_machine,
+    format_table,
+    peak_bytes,
+    progress,
+    take_turns,
+)
 from benchmarks.released_plan import ReleasedPlan
 from hear_encoders.config import PRESETS, AxLSTMConfig, EncoderConfig, TransformerConfig
 from hear_encoders.embedder import Embedder, Precision, resolve_precision
@@ -263,12 +271,7 @@ def format_conditions(benchmark: Benchmark, results: Sequence[Result]) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog="Example:" + rest.partition("Example:")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("python -m benchmarks.embed", __doc__)
     parser.add_argument(
         "--presets", nargs="+", choices=PRESETS, metavar="NAME", default=list(PRESETS), help="default: all of them"
     )

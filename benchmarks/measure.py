@@ -1,7 +1,8 @@
-"""What the benchmarks share: taking turns, memory, the machine's matmul rate, tables."""
+"""What the benchmarks share: their command line, taking turns, memory, tables."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -17,6 +18,17 @@ import torch
 
 LEAST_TURNS = 3
 CELL_SECONDS = 1.0  # turns go on at least this long
+
+
+def argument_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring: its first line, and its examples."""
+    summary, _, rest = (doc or "").partition("\n\n")
+    return argparse.ArgumentParser(
+        prog,
+        description=summary,
+        epilog="Example:" + rest.partition("Example:")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def synchronize(device: torch.device) -> None:

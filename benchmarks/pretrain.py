@@ -29,7 +29,7 @@ import numpy as np
 import soundfile
 import torch
 
-from benchmarks.measure import format_machine, format_table, peak_bytes, progress, take_turns
+from benchmarks.measure import argument_parser, format_machine, format_table, peak_bytes, progress, take_turns
 from training import prepare
 from training.config import RunConfig, load_run_config
 from training.data import RowBatches, crop_loader, run_crops
@@ -146,13 +146,7 @@ def format_row(result: Result) -> list[str]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.pretrain",
-        description=summary,
-        epilog="Example:" + rest.partition("Example:")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("python -m benchmarks.pretrain", __doc__)
     parser.add_argument(
         "--configs", nargs="+", metavar="NAME", default=list(DEFAULT_CONFIGS), help="of training/configs"
     )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.measure import format_machine, format_table, progress, take_turns
+from benchmarks.measure import argument_parser, format_machine, format_table, progress, take_turns
 from hear_axlstm import stream as make_stream
 from hear_encoders.config import PRESETS
 from hear_encoders.embedder import Embedder
@@ -99,12 +99,7 @@ def format_row(result: Result) -> list[str]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog="Example:" + rest.partition("Example:")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("python -m benchmarks.stream", __doc__)
     parser.add_argument(
         "--presets", nargs="+", choices=STREAMABLE, default=["axlstm_tiny"], help="default: axlstm_tiny"
     )

@@ -25,7 +25,7 @@ DEFAULT_CHUNK = 64
 
 # Weights are relative to the largest one. Those below exp(floor) cannot be seen in the result; made exactly
 # zero they keep denormal numbers, which slow a CPU's matmuls many times over, from arising.
-_LOG_WEIGHT_FLOOR = {torch.float32: -40.0, torch.float64: -80.0}
+LOG_WEIGHT_FLOOR = {torch.float32: -40.0, torch.float64: -80.0}
 # exp(-m) bounds the normaliser from below. Past this it only has to stay finite, so that gradients do.
 _LOG_BOUND_CEILING = {torch.float32: 60.0, torch.float64: 600.0}
 
@@ -173,7 +173,7 @@ def _chunk(
 
 def _exp_weight(log_weight: Tensor) -> Tensor:
     """exp of a relative log weight (at most 0), exactly zero below the floor."""
-    return F.threshold(log_weight, _LOG_WEIGHT_FLOOR[log_weight.dtype], -torch.inf).exp()
+    return F.threshold(log_weight, LOG_WEIGHT_FLOOR[log_weight.dtype], -torch.inf).exp()
 
 
 def _normalize(numerator: Tensor, normalizer: Tensor, m: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from hear_encoders.axlstm import (
 )
 from hear_encoders.embedder import Embedder, check_audio, check_statistics
 from hear_encoders.frontend import BANDS, HOP, LOG_OFFSET, SAMPLE_RATE, SHORTEST_CLIP, WINDOW, LogMel, normalize
-from hear_encoders.mlstm import NORMALIZER_EPS
+from hear_encoders.mlstm import LOG_WEIGHT_FLOOR, NORMALIZER_EPS
 from hear_encoders.patches import patchify
 
 DEFAULT_WARM_UP_S = 2.0
@@ -46,7 +46,7 @@ FRAMES_BEFORE = math.ceil(WINDOW / 2 / HOP)
 STEPS_TOGETHER = 5
 
 SILENCE = math.log(LOG_OFFSET)  # log-mel of silence. Sums are taken about it, so that silence has no variance at all
-SMALLEST_WEIGHT = math.exp(-40.0)  # of a token relative to the largest; see hear_encoders.mlstm
+SMALLEST_WEIGHT = math.exp(LOG_WEIGHT_FLOOR[torch.float32])  # of a token, relative to the largest
 
 
 class AxLSTMStream:

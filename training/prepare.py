@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from hear_encoders.atomic import atomic_write
 from hear_encoders.audio import duration_s, load_audio
+from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED
 from hear_encoders.corpus import AudioFile, find_audio
 from hear_encoders.embedder import check_audio
 from hear_encoders.frontend import SAMPLE_RATE, LogMel
@@ -47,7 +48,6 @@ from training.locks import locked
 from training.shards import FORMAT_VERSION, INDEX_FILE, frontend_settings, shard_name
 
 PLAN_FILE = "plan.json"
-FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes, as of hear-embed
 
 # A shorter remainder of a recording is left out.
 SHORTEST_REMAINDER_S = 0.3

@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hear_encoders.atomic import write_json
+from hear_encoders.cli import BAD_USAGE
 from training import checkpoints
 from training.config import RunConfig, learning_rate_factor, load_run_config, run_config_from_dict
 from training.data import RowBatches, crop_loader, run_crops
@@ -47,7 +48,7 @@ from training.shards import JoinedShards, ShardIndex
 
 CONFIG_FILE = "run.json"
 PICTURED_CLIPS = 4
-NOT_FINITE, BAD_USAGE = 3, 2  # exit codes
+NOT_FINITE = 3  # exit code
 
 logger = logging.getLogger("training")
 
@@ -118,7 +119,9 @@ class Trainer:
             devices = [place.device.index] if place.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=devices)
         self.held_out = None if held_out is None else FixedCrops(held_out, config, config.held_out_clips)
-        self.pictured = FixedCrops(index if held_out is None else held_out, config, PICTURED_CLIPS)
+        self.pictured: FixedCrops | None = None
+        if config.picture_every is not None:
+            self.pictured = FixedCrops(index if held_out is None else held_out, config, PICTURED_CLIPS)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
@@ -157,9 +160,10 @@ class Trainer:
             FloatingPointError: the loss is not finite; the weights are as they were before the step.
         """
         config = self.config
+        rate = config.learning_rate * learning_rate_factor(self.step, self.warmup_steps, self.total_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
+                group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
         noise = masking_noise(config.seed, self.step, config.batch_size, config.encoder.patches.patches)
         outcome = torch.zeros(2, device=self.place.device)  # loss; whether a process was asked to stop
@@ -192,10 +196,6 @@ class Trainer:
         self.step += 1
         return mean_loss, norm.item()
 
-    def learning_rate(self) -> float:
-        """Of the step that is next."""
-        return self.config.learning_rate * learning_rate_factor(self.step, self.warmup_steps, self.total_steps)
-
     def gradients_shared(self, last_part: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients once a step, with its last part."""
         if self.config.fsdp:
@@ -226,13 +226,8 @@ class Trainer:
                 loss, norm = self.train_step([next(loader) for _ in range(config.accumulate)])
                 ends = self.step == self.total_steps
                 if log is not None:
-                    log.add(
-                        loss,
-                        norm,
-                        self.optimizers[0].param_groups[0]["lr"],
-                        config.batch_size,
-                        time.monotonic() - begun,
-                    )
+                    rate = self.optimizers[0].param_groups[0]["lr"]
+                    log.add(loss, norm, rate, config.batch_size, time.monotonic() - begun)
                     if self.step % config.log_every == 0 or ends:
                         log.write(self.step)
                 self.show(log)
@@ -265,7 +260,7 @@ class Trainer:
             error = self.held_out.error(self.held_out.predict(self.model, place.device))
             if log is not None:
                 log.write_held_out(self.step, self.step * config.batch_size, error, *self.held_out.baselines)
-        if config.picture_every is not None and (self.step % config.picture_every == 0 or ends):
+        if self.pictured is not None and (self.step % config.picture_every == 0 or ends):
             predicted = self.pictured.predict(self.model, place.device)
             if log is not None:
                 log.add_picture(self.step, self.pictured.figure(predicted, f"{self.run.name}, step {self.step}"))

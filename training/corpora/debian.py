@@ -27,6 +27,7 @@ import soundfile
 from tqdm import tqdm
 
 from hear_encoders.atomic import atomic_write
+from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED
 from hear_encoders.frontend import SAMPLE_RATE
 from training import prepare
 from training.corpora import archive
@@ -39,7 +40,6 @@ KINDS = ("music", "speech", "sounds")  # what is neither music nor speech is a s
 # About 1.7 hours: orchestral and electronic music, a language and speakers of its own, effects and ringtones.
 HELD_OUT = ("asterisk-core-sounds-it-g722", "enigma-data", "fillets-ng-data", "freecol", "krank", "lomiri-sounds")
 PARTS = (*KINDS, "held_out")
-FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes, as of hear-embed
 
 _EPILOG = """\
 examples:

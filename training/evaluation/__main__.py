@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED
 from training.evaluation import environment
 from training.evaluation.run import Driver, Model, default_label, find_tasks
 
 PROG = "python -m training.evaluation"
-FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes, as of hear-embed
 
 _EPILOG = f"""\
 examples:

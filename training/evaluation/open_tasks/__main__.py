@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hear_encoders.cli import FAILED, INTERRUPTED
 from training.corpora import archive
 from training.corpora.recordings import check_decoders, packages_of
 from training.evaluation.open_tasks.folder import Clip, Task, write_task
@@ -15,8 +16,6 @@ from training.evaluation.open_tasks.onsets import onsets_clips, onsets_sources, 
 from training.evaluation.open_tasks.recorded import recorded_clips, recorded_sources, recorded_task
 from training.evaluation.open_tasks.rendered import rendered_clips, rendered_sources, rendered_task
 from training.evaluation.open_tasks.speakers import speakers_clips, speakers_sources, speakers_task
-
-FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes, as of hear-embed
 
 _EPILOG = """\
 examples:
