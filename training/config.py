@@ -44,6 +44,9 @@ class RunConfig:
         base_lr: learning rate per 256 crops of batch; the rate is base_lr * batch_size / 256.
         epochs, warmup_epochs: length of training and of its linear warm-up, in passes over the records.
         max_steps, warmup_steps: the same in optimiser steps; where given, they come before epochs.
+        cooldown_steps: None has the rate fall along a cosine over the whole run, as published. A number keeps it at
+            its peak and has it fall linearly to 0 over so many last steps: such a run can be made longer until then,
+            with another max_steps. It goes with max_steps and warmup_steps.
         optimizer: "adamw", as published, or "muon": Muon for the blocks' matrices, AdamW for the rest.
         weight_decay: none on biases, norms and other parameters of one dimension.
         beta1, beta2: of AdamW.
@@ -75,6 +78,7 @@ class RunConfig:
     warmup_epochs: float = 10.0
     max_steps: int | None = None
     warmup_steps: int | None = None
+    cooldown_steps: int | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.05
     beta1: float = 0.9
@@ -108,6 +112,14 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.shares is not None and (sum(self.shares) != 100 or min(self.shares) < 1):
             raise ValueError(f"shares must be hundredths of at least 1 that make 100 together, got {self.shares}")
+        if self.cooldown_steps is not None:
+            if self.max_steps is None or self.warmup_steps is None:
+                raise ValueError("cooldown_steps goes with max_steps and warmup_steps, both given")
+            if not 1 <= self.cooldown_steps <= self.max_steps - self.warmup_steps:
+                raise ValueError(
+                    f"cooldown_steps must lie between 1 and max_steps - warmup_steps = "
+                    f"{self.max_steps - self.warmup_steps}, got {self.cooldown_steps}"
+                )
         if self.batch_size % self.crops_per_record:
             raise ValueError(f"crops_per_record = {self.crops_per_record} must divide batch_size = {self.batch_size}")
 
@@ -140,10 +152,12 @@ class RunConfig:
         return math.ceil(self.warmup_epochs * records * self.crops_per_record / self.batch_size)
 
 
-def learning_rate_factor(step: int, warmup: int, total: int) -> float:
-    """Share of the peak learning rate at a step: linear from 0, then half a cosine to 0."""
+def learning_rate_factor(step: int, warmup: int, total: int, cooldown: int | None = None) -> float:
+    """Share of the peak learning rate at a step: linear from 0, then half a cosine to 0, or see `cooldown_steps`."""
     if step < warmup:
         return step / warmup
+    if cooldown is not None:
+        return min(1.0, max(0, total - step) / cooldown)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 

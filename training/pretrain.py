@@ -160,7 +160,9 @@ class Trainer:
             FloatingPointError: the loss is not finite; the weights are as they were before the step.
         """
         config = self.config
-        rate = config.learning_rate * learning_rate_factor(self.step, self.warmup_steps, self.total_steps)
+        rate = config.learning_rate * learning_rate_factor(
+            self.step, self.warmup_steps, self.total_steps, config.cooldown_steps
+        )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -291,14 +293,24 @@ def settle_config(config: RunConfig, run: Path, write: bool) -> None:
     """Keep a run's configuration in its directory; refuse to go on with another one.
 
     Raises:
-        ValueError: the run was begun with a setting of another value.
+        ValueError: the run was begun with a setting of another value. Only the length may change, of a run with
+            cooldown_steps, as long as the steps it has made are the same in both.
     """
     if (run / CONFIG_FILE).exists():
         begun = read_run_config(run)
         for field in dataclasses.fields(RunConfig):
             before, now = getattr(begun, field.name), getattr(config, field.name)
-            if before != now and field.name not in _FREE_SETTINGS:
-                raise ValueError(f"{run} was begun with {field.name} = {before!r}, now {now!r}; choose another --out")
+            if before == now or field.name in _FREE_SETTINGS:
+                continue
+            if field.name == "max_steps" and config.cooldown_steps is not None:
+                made = max(checkpoints.steps_saved(run), default=0)
+                cools = min(before, now) - config.cooldown_steps
+                if made <= cools:
+                    continue
+                raise ValueError(f"{run} has made {made} steps, past step {cools} from which max_steps is settled")
+            raise ValueError(f"{run} was begun with {field.name} = {before!r}, now {now!r}; choose another --out")
+        if write and config.max_steps != begun.max_steps:
+            write_json(run / CONFIG_FILE, dataclasses.asdict(dataclasses.replace(begun, max_steps=config.max_steps)))
     elif write:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / CONFIG_FILE, dataclasses.asdict(config))

@@ -136,6 +136,21 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_with_a_cooldown_the_rate_stays_at_its_peak_and_then_falls_linearly():
+    rates = [learning_rate_factor(step, warmup=10, total=110, cooldown=20) for step in range(111)]
+    assert rates[5] == 0.5 and set(rates[10:91]) == {1.0}
+    assert rates[100] == 0.5 and rates[110] == 0
+
+
+def test_a_cooldown_needs_a_run_whose_length_and_warm_up_are_given():
+    settings = ["max_steps=100", "warmup_steps=10", "cooldown_steps=90"]
+    assert load_run_config(CONFIGS / "axlstm_tiny.yaml", settings).cooldown_steps == 90
+    with pytest.raises(ValueError, match="max_steps and warmup_steps, both given"):
+        load_run_config(CONFIGS / "axlstm_tiny.yaml", settings[1:])
+    with pytest.raises(ValueError, match="between 1 and max_steps - warmup_steps = 90, got 91"):
+        load_run_config(CONFIGS / "axlstm_tiny.yaml", [*settings, "cooldown_steps=91"])
+
+
 def test_epochs_become_steps():
     config = load_run_config(CONFIGS / "axlstm_tiny.yaml")
     assert config.steps(2_000_000) == 195_313 and config.warmup(2_000_000) == 19_532  # AudioSet, 100 and 10 epochs
