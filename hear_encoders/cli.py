@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
@@ -20,9 +20,12 @@ from hear_encoders.config import InputGate, config_to_dict
 from hear_encoders.corpus import AudioFile, embed_corpus, find_audio
 from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Precision, resolve_precision
 from hear_encoders.outputs import Output, open_output, output_kind
+from hear_encoders.pcm import ENCODINGS, PCM, read_pipe
 from hear_encoders.reference import import_checkpoint
+from hear_encoders.stream import DEFAULT_WARM_UP_S, AxLSTMStream
 
 MODELS = ("hear_audiomaepp", "hear_axlstm")
+STREAMING_MODEL = "hear_axlstm"
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 
 _EMBED_EPILOG = """\
@@ -30,9 +33,13 @@ examples:
   hear-embed recordings/ -o embeddings.npz
   hear-embed 'calls/**/*.mp3' -o steps.parquet --timestamps --model hear_axlstm
   hear-embed a.wav b.flac -o embeddings/ --weights org/name --device cuda
+  arecord -f S16_LE -r 16000 | hear-embed --stream - > steps.jsonl
 
 One scene embedding per file, or with --timestamps one embedding per 40 ms. A folder as output can be resumed:
 what it holds is skipped. Exit code 1: some files failed, the rest are done. Exit code 2: nothing was done.
+
+--stream reads WAV or raw samples from standard input and writes a line of JSON to standard output for each 40 ms as
+soon as they are over: {"timestamp_ms": ..., "embedding": [...]}.
 """
 
 
@@ -45,16 +52,23 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder (recursive) or glob pattern")
+    parser.add_argument("-o", "--output", type=_output_path, metavar="OUT", help=".npz, .parquet or a folder")
     parser.add_argument(
-        "-o", "--output", required=True, type=_output_path, metavar="OUT", help=".npz, .parquet or a folder"
+        "--model", choices=MODELS, help=f"default: {MODELS[0]}, and with --stream {STREAMING_MODEL}, which can"
     )
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
     parser.add_argument("--weights", default="", help="directory, .safetensors or Hub org/name; default: bundled")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--timestamps", action="store_true", help="one embedding per time step instead of per file")
     parser.add_argument("--framing", choices=get_args(Framing), default="exact", help="default: %(default)s")
     parser.add_argument("--device", help="such as cpu, cuda, cuda:1; default: cuda where there is one, else cpu")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--statistics",
+        nargs=2,
+        type=float,
+        metavar=("MEAN", "STD"),
+        help="of log-mel, to normalise with; default: each file's own, of a stream those of what it has heard",
+    )
     parser.add_argument(
         "--batch-seconds",
         type=_positive(float),
@@ -69,9 +83,33 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="decoding threads; default: %(default)s",
     )
+    live = parser.add_argument_group("audio that is still arriving")
+    live.add_argument("--stream", action="store_true", help="embed standard input; INPUT is -")
+    live.add_argument(
+        "--warm-up",
+        type=_not_negative,
+        default=DEFAULT_WARM_UP_S,
+        metavar="N",
+        help="without --statistics: seconds to listen for before the first step; default: %(default)s",
+    )
+    raw = PCM()
+    live.add_argument(
+        "--encoding", choices=ENCODINGS, default=raw.encoding, help="of raw samples; default: %(default)s"
+    )
+    live.add_argument(
+        "--sample-rate", type=_positive(int), default=raw.sample_rate, metavar="HZ", help="of raw samples"
+    )
+    live.add_argument("--channels", type=_positive(int), default=raw.channels, metavar="N", help="of raw samples")
     options = parser.parse_args(arguments)
+    options.model = options.model or (STREAMING_MODEL if options.stream else MODELS[0])
+    if options.stream and (options.inputs != ["-"] or options.output or options.timestamps):
+        parser.error("--stream takes - as its only input, and neither --output nor --timestamps")
+    if not options.stream and not options.output:
+        parser.error("the following arguments are required: -o/--output")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_args, **_kwargs: _say(parser.prog, f"warning: {message}")
+        if options.stream:
+            return _stream(parser.prog, options)
         try:
             kind = output_kind(options.output)
             root, files = find_audio(options.inputs)
@@ -124,6 +162,34 @@ def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output
     return FAILED if failures else 0
 
 
+def _stream(prog: str, options: argparse.Namespace) -> int:
+    """Embed standard input as it comes, a line of JSON for each step."""
+    try:
+        stream = AxLSTMStream(_load(options), warm_up_s=options.warm_up)
+        pcm = PCM(options.encoding, options.sample_rate, options.channels)
+        for block in read_pipe(sys.stdin.buffer, pcm):
+            _write_steps(*stream.push(torch.from_numpy(block)))
+        _write_steps(*stream.finish())
+    except KeyboardInterrupt:
+        _say(prog, "interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the lines has gone; Python must not try to write the rest at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (OSError, ValueError) as error:
+        _say(prog, f"error: {error}")
+        return BAD_USAGE
+    return 0
+
+
+def _write_steps(embeddings: torch.Tensor, timestamps_ms: torch.Tensor) -> None:
+    """Lines for (1, T, E) and (1, T). Nine digits are all that float32 has."""
+    for embedding, timestamp_ms in zip(embeddings[0].tolist(), timestamps_ms[0].tolist()):
+        values = ", ".join(map("{:.9g}".format, embedding))
+        sys.stdout.write(f'{{"timestamp_ms": {timestamp_ms:.10g}, "embedding": [{values}]}}\n')
+    sys.stdout.flush()
+
+
 def _load(options: argparse.Namespace) -> Embedder:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # A CPU likes few chunks at a time, which stay in its cache; a GPU likes as many as there are.
@@ -134,6 +200,7 @@ def _load(options: argparse.Namespace) -> Embedder:
         framing=options.framing,
         precision=options.precision,
         max_chunks=chunks,
+        statistics=options.statistics,
     )
     try:
         return embedder.to(torch.device(device))
@@ -141,13 +208,14 @@ def _load(options: argparse.Namespace) -> Embedder:
         raise ValueError(f"--device {device}: {error}") from error
 
 
-def _settings(embedder: Embedder, model: str, root: Path) -> dict[str, str]:
+def _settings(embedder: Embedder, model: str, root: Path) -> dict[str, Any]:
     """What the names and numbers in an output depend on."""
     return {
         "root": str(root),
         "model": model,
         "weights": checkpoint.fingerprint(embedder.encoder),
         "framing": embedder.framing,
+        "statistics": embedder.statistics and list(embedder.statistics),
         "precision": str(resolve_precision(embedder.precision, embedder.device)).removeprefix("torch."),
     }
 
@@ -276,6 +344,14 @@ def _text(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
     return text
+
+
+def _not_negative(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
 
 
 def _positive(kind: type[float]) -> Callable[[str], float]:

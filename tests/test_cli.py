@@ -880,6 +880,7 @@ def test_files_that_failed_are_tried_again(embed, recordings, workplace) -> None
         (["--timestamps"], [], "timestamps"),
         ([], ["--framing", "reference"], "framing"),
         ([], ["--precision", "bfloat16"], "precision"),
+        (["--statistics", "-6", "3.5"], [], "statistics"),
         ([], ["--model", "hear_axlstm", "--weights", "axlstm"], "model"),
     ],
     ids=lambda value: " ".join(value) or "plain" if isinstance(value, list) else "",
