@@ -12,6 +12,7 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. What those are made of:
     checkpoint, hub             reading and writing weights: bundled, path, Hugging Face Hub
     reference                   the papers' released code: its framing, its checkpoints
     audio, corpus, outputs      audio files in, embeddings out: many files at a time
+    embed_corpus                the same on many machines, under torchrun
     pcm                         audio from a pipe
     hear, cli                   what the HEAR modules share; the commands hear-embed and hear-weights
 """

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from hear_encoders import checkpoint, hub
 from hear_encoders.config import InputGate, config_to_dict
-from hear_encoders.corpus import AudioFile, embed_corpus, find_audio
+from hear_encoders.corpus import AudioFile, embed_files, find_audio
 from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Precision, resolve_precision
 from hear_encoders.outputs import Output, open_output, output_kind
 from hear_encoders.pcm import ENCODINGS, PCM, read_pipe
@@ -52,10 +52,50 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder (recursive) or glob pattern")
-    parser.add_argument("-o", "--output", type=_output_path, metavar="OUT", help=".npz, .parquet or a folder")
+    parser.add_argument("-o", "--output", type=output_path, metavar="OUT", help=".npz, .parquet or a folder")
     parser.add_argument(
         "--model", choices=MODELS, help=f"default: {MODELS[0]}, and with --stream {STREAMING_MODEL}, which can"
     )
+    add_embedding_arguments(parser)
+    live = parser.add_argument_group("audio that is still arriving")
+    live.add_argument("--stream", action="store_true", help="embed standard input; INPUT is -")
+    live.add_argument(
+        "--warm-up",
+        type=_not_negative,
+        default=DEFAULT_WARM_UP_S,
+        metavar="N",
+        help="without --statistics: seconds to listen for before the first step; default: %(default)s",
+    )
+    raw = PCM()
+    live.add_argument(
+        "--encoding", choices=ENCODINGS, default=raw.encoding, help="of raw samples; default: %(default)s"
+    )
+    live.add_argument("--sample-rate", type=positive(int), default=raw.sample_rate, metavar="HZ", help="of raw samples")
+    live.add_argument("--channels", type=positive(int), default=raw.channels, metavar="N", help="of raw samples")
+    options = parser.parse_args(arguments)
+    options.model = options.model or (STREAMING_MODEL if options.stream else MODELS[0])
+    if options.stream and (options.inputs != ["-"] or options.output or options.timestamps):
+        parser.error("--stream takes - as its only input, and neither --output nor --timestamps")
+    if not options.stream and not options.output:
+        parser.error("the following arguments are required: -o/--output")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_args, **_kwargs: say(parser.prog, f"warning: {message}")
+        if options.stream:
+            return _stream(parser.prog, options)
+        try:
+            kind = output_kind(options.output)
+            root, files = find_audio(options.inputs)
+            embedder = load_embedder(options)
+            settings = embedding_settings(embedder, options.model, root) if kind == "folder" else {}
+            output = open_output(options.output, options.timestamps, settings)
+        except (OSError, ValueError) as error:
+            say(parser.prog, f"error: {error}")
+            return BAD_USAGE
+        return _embed(parser.prog, embedder, files, output, options)
+
+
+def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that embeds files takes, besides --model: which weights, and how."""
     parser.add_argument("--weights", default="", help="directory, .safetensors or Hub org/name; default: bundled")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--timestamps", action="store_true", help="one embedding per time step instead of per file")
@@ -71,55 +111,18 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--batch-seconds",
-        type=_positive(float),
+        type=positive(float),
         default=120.0,
         metavar="N",
         help="audio decoded and grouped at a time; default: 120",
     )
     parser.add_argument(
         "--jobs",
-        type=_positive(int),
+        type=positive(int),
         default=min(8, os.cpu_count() or 1),
         metavar="N",
         help="decoding threads; default: %(default)s",
     )
-    live = parser.add_argument_group("audio that is still arriving")
-    live.add_argument("--stream", action="store_true", help="embed standard input; INPUT is -")
-    live.add_argument(
-        "--warm-up",
-        type=_not_negative,
-        default=DEFAULT_WARM_UP_S,
-        metavar="N",
-        help="without --statistics: seconds to listen for before the first step; default: %(default)s",
-    )
-    raw = PCM()
-    live.add_argument(
-        "--encoding", choices=ENCODINGS, default=raw.encoding, help="of raw samples; default: %(default)s"
-    )
-    live.add_argument(
-        "--sample-rate", type=_positive(int), default=raw.sample_rate, metavar="HZ", help="of raw samples"
-    )
-    live.add_argument("--channels", type=_positive(int), default=raw.channels, metavar="N", help="of raw samples")
-    options = parser.parse_args(arguments)
-    options.model = options.model or (STREAMING_MODEL if options.stream else MODELS[0])
-    if options.stream and (options.inputs != ["-"] or options.output or options.timestamps):
-        parser.error("--stream takes - as its only input, and neither --output nor --timestamps")
-    if not options.stream and not options.output:
-        parser.error("the following arguments are required: -o/--output")
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_args, **_kwargs: _say(parser.prog, f"warning: {message}")
-        if options.stream:
-            return _stream(parser.prog, options)
-        try:
-            kind = output_kind(options.output)
-            root, files = find_audio(options.inputs)
-            embedder = _load(options)
-            settings = _settings(embedder, options.model, root) if kind == "folder" else {}
-            output = open_output(options.output, options.timestamps, settings)
-        except (OSError, ValueError) as error:
-            _say(parser.prog, f"error: {error}")
-            return BAD_USAGE
-        return _embed(parser.prog, embedder, files, output, options)
 
 
 def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output, options: argparse.Namespace) -> int:
@@ -127,7 +130,7 @@ def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output
     skipped = len(files) - len(todo)
     try:
         with tqdm(total=len(todo), unit="file", disable=None) as bar:  # None: only on a terminal
-            failures = embed_corpus(
+            failures = embed_files(
                 embedder,
                 todo,
                 output,
@@ -143,11 +146,11 @@ def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output
             output.abort()
     except KeyboardInterrupt:
         output.abort()
-        _say(prog, "interrupted")
+        say(prog, "interrupted")
         return INTERRUPTED
     except OSError as error:  # of the output: those of inputs are failures of their files
         output.abort()
-        _say(prog, f"error: {options.output}: {error}")
+        say(prog, f"error: {options.output}: {error}")
         return FAILED
     except BaseException:
         output.abort()
@@ -158,26 +161,26 @@ def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output
     else:
         print(f"{options.output}: nothing new, {skipped} of {len(files)} files there before")
     for failure in failures:
-        _say(prog, f"failed: {failure.reason}")
+        say(prog, f"failed: {failure.reason}")
     return FAILED if failures else 0
 
 
 def _stream(prog: str, options: argparse.Namespace) -> int:
     """Embed standard input as it comes, a line of JSON for each step."""
     try:
-        stream = AxLSTMStream(_load(options), warm_up_s=options.warm_up)
+        stream = AxLSTMStream(load_embedder(options), warm_up_s=options.warm_up)
         pcm = PCM(options.encoding, options.sample_rate, options.channels)
         for block in read_pipe(sys.stdin.buffer, pcm):
             _write_steps(*stream.push(torch.from_numpy(block)))
         _write_steps(*stream.finish())
     except KeyboardInterrupt:
-        _say(prog, "interrupted")
+        say(prog, "interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the lines has gone; Python must not try to write the rest at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (OSError, ValueError) as error:
-        _say(prog, f"error: {error}")
+        say(prog, f"error: {error}")
         return BAD_USAGE
     return 0
 
@@ -190,7 +193,8 @@ def _write_steps(embeddings: torch.Tensor, timestamps_ms: torch.Tensor) -> None:
     sys.stdout.flush()
 
 
-def _load(options: argparse.Namespace) -> Embedder:
+def load_embedder(options: argparse.Namespace) -> Embedder:
+    """The model that the arguments of `add_embedding_arguments` ask for, on its device."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # A CPU likes few chunks at a time, which stay in its cache; a GPU likes as many as there are.
     chunks = max(1, int(options.batch_seconds / 2)) if device.startswith("cuda") else DEFAULT_MAX_CHUNKS
@@ -208,7 +212,7 @@ def _load(options: argparse.Namespace) -> Embedder:
         raise ValueError(f"--device {device}: {error}") from error
 
 
-def _settings(embedder: Embedder, model: str, root: Path) -> dict[str, Any]:
+def embedding_settings(embedder: Embedder, model: str, root: Path) -> dict[str, Any]:
     """What the names and numbers in an output depend on."""
     return {
         "root": str(root),
@@ -245,7 +249,7 @@ def weights_main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("checkpoint", metavar="CHECKPOINT.pth", type=Path)
     convert.add_argument("output", metavar="OUT_DIR", type=Path)
     convert.add_argument(
-        "--heads", type=_positive(int), metavar="N", help="attention heads (3 Tiny, 6 Small, 12 Base, 16 Large)"
+        "--heads", type=positive(int), metavar="N", help="attention heads (3 Tiny, 6 Small, 12 Base, 16 Large)"
     )
     convert.add_argument("--no-flip", action="store_true", help="an AxLSTM that was trained without flipping")
     convert.add_argument("--input-gate", choices=get_args(InputGate), default="exponential", help="of an AxLSTM")
@@ -277,7 +281,7 @@ def weights_main(arguments: Sequence[str] | None = None) -> int:
             checkpoint.save_checkpoint(options.output, encoder)
             _show(options.output / checkpoint.WEIGHTS_FILE)
     except (OSError, ValueError) as error:
-        _say(parser.prog, f"error: {error}")
+        say(parser.prog, f"error: {error}")
         return BAD_USAGE
     return 0
 
@@ -328,11 +332,12 @@ def _read_card(path: Path) -> str:
     return text
 
 
-def _say(prog: str, message: str) -> None:
+def say(prog: str, message: str) -> None:
+    """Write a line to standard error."""
     tqdm.write(f"{prog}: {message}", file=sys.stderr)  # above a progress bar, if there is one
 
 
-def _output_path(text: str) -> Path:
+def output_path(text: str) -> Path:
     """An argparse type: a path that is not empty, as an unset variable of the shell would be."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
@@ -354,7 +359,7 @@ def _not_negative(text: str) -> float:
     return value
 
 
-def _positive(kind: type[float]) -> Callable[[str], float]:
+def positive(kind: type[float]) -> Callable[[str], float]:
     """An argparse type: a number of this kind above zero."""
 
     def parse(text: str) -> float:

@@ -80,7 +80,7 @@ def _is_audio(path: Path, extensions: set[str]) -> bool:
     return path.suffix.lower() in extensions and path.is_file()
 
 
-def embed_corpus(
+def embed_files(
     embedder: Embedder,
     files: Sequence[AudioFile],
     output: Output,

@@ -56,12 +56,17 @@ def output_kind(path: Path) -> Literal["npz", "parquet", "folder"]:
     if suffix == ".npz" and not path.is_dir():
         return "npz"
     if suffix == ".parquet" and not path.is_dir():
-        if importlib.util.find_spec("pyarrow") is None:
-            raise ValueError("Parquet needs pyarrow: pip install 'hear-audiomaepp[parquet]'")
+        check_parquet()
         return "parquet"
     if path.is_file() or (suffix in _OTHER_FORMATS and not path.is_dir()):
         raise ValueError(f"{path}: expected a name ending in .npz or .parquet, or a folder")
     return "folder"
+
+
+def check_parquet() -> None:
+    """Raise ValueError where there is no pyarrow to write Parquet with."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("Parquet needs pyarrow: pip install 'hear-audiomaepp[parquet]'")
 
 
 def open_output(path: Path, timestamps: bool, settings: dict[str, Any]) -> Output:

@@ -1,0 +1,144 @@
+"""`torchrun -m hear_encoders.embed_corpus`: every file once, whatever happens to the processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as parquet
+import pytest
+import soundfile
+
+from hear_encoders import TransformerConfig, build_encoder, load_audio, load_checkpoint, save_checkpoint
+from hear_encoders.embed_corpus import main
+from hear_encoders.embedder import Embedder
+
+FILES = 40
+MODULE = ["-m", "hear_encoders.embed_corpus"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    save_checkpoint(folder, build_encoder(TransformerConfig("audiomaepp", dim=48, depth=2, heads=3), seed=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recordings")
+    for number in range(FILES):
+        (folder / f"{number % 3}").mkdir(exist_ok=True)
+        noise = np.random.default_rng(number).normal(0, 0.1, 16000 + 800 * number)
+        soundfile.write(folder / f"{number % 3}" / f"{number:02d}.wav", noise, 16000)
+    return folder
+
+
+def torchrun(*arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    launcher = ["torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={restarts}", "--standalone"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, *MODULE, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kill_a_worker_at_work(launcher: subprocess.Popen[str], output: Path) -> None:
+    while not list(output.glob("part-*.parquet")):
+        assert launcher.poll() is None, launcher.communicate()[0]
+        time.sleep(0.01)
+    workers = [child for child in psutil.Process(launcher.pid).children() if MODULE[1] in " ".join(child.cmdline())]
+    os.kill(workers[1].pid, signal.SIGKILL)
+
+
+def rows(output: Path) -> dict[str, np.ndarray]:
+    """Embeddings by path, from the folder as one table; no path may be there twice."""
+    table = parquet.read_table(output)
+    paths = table["path"].to_pylist()
+    assert len(set(paths)) == len(paths)
+    return dict(zip(paths, np.stack(table["embedding"].to_numpy())))
+
+
+def assert_complete(output: Path, recordings: Path, weights: Path) -> None:
+    """Every file is there once, with the embedding that the model gives it."""
+    got = rows(output)
+    files = sorted(str(path) for path in recordings.rglob("*.wav"))
+    assert sorted(got) == files
+    model = Embedder(load_checkpoint(weights))
+    for path in files[::10]:
+        expected = model.scene_embeddings(load_audio(path)[None])[0]
+        np.testing.assert_allclose(got[path], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("restarts", [1, 0], ids=["torchrun restarts it", "the command is given again"])
+def test_a_killed_worker_loses_and_doubles_nothing(restarts, recordings, weights, tmp_path):
+    output = tmp_path / "out"
+    arguments = [recordings, "-o", output, "--weights", weights, "--part-files", 2]
+    launcher = torchrun(*arguments, restarts=restarts)
+    kill_a_worker_at_work(launcher, output)
+    log, _ = launcher.communicate()
+    assert (launcher.returncode == 0) == (restarts > 0), log
+    if not restarts:
+        assert len(list(output.glob("_part-*.json"))) < FILES // 2
+        before = {path: path.stat().st_mtime_ns for path in output.glob("_part-*.json")}
+        again = torchrun(*arguments)
+        log, _ = again.communicate()
+        assert again.returncode == 0, log
+        assert {path: path.stat().st_mtime_ns for path in before} == before  # what was done is not done again
+    assert_complete(output, recordings, weights)
+
+
+def run(recordings: Path, output: Path, *arguments: object) -> int:
+    return main([str(recordings), "-o", str(output), *map(str, arguments)])
+
+
+def test_one_process_needs_no_launcher_and_new_files_become_new_parts(recordings, weights, tmp_path, capsys):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("b", "c", "d"):
+        os.link(recordings / "0/00.wav", folder / f"{name}.wav")
+    assert run(folder, output, "--weights", weights, "--part-files", 2, "--timestamps") == 0
+    first = (output / "part-000000.parquet").read_bytes()
+    os.link(recordings / "1/01.wav", folder / "a.wav")
+    (folder / "junk.wav").write_bytes(b"no sound")
+    assert run(folder, output, "--weights", weights, "--part-files", 2, "--timestamps") == 0
+    assert "junk.wav: not readable as audio" in capsys.readouterr().err
+    table = parquet.read_table(output)
+    assert sorted(set(table["path"].to_pylist())) == [str(folder / f"{name}.wav") for name in "abcd"]
+    assert table.num_rows == 3 * 25 + 26 and table.column_names == ["path", "timestamp_ms", "embedding"]
+    assert (output / "part-000000.parquet").read_bytes() == first
+    record = json.loads((output / "_part-000002.json").read_text())
+    assert record["files"] == 2 and len(record["failures"]) == 1
+
+
+def test_a_part_without_a_readable_file_is_done_too(weights, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "junk.wav").write_bytes(b"no sound")
+    assert run(tmp_path / "in", tmp_path / "out", "--weights", weights) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_part-000000.json", "_plan.json"]
+
+
+def test_what_cannot_be_done_is_said_before_anything_is(recordings, weights, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run(tmp_path / "nowhere", output, "--weights", weights) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    assert run(recordings / "0", output, "--weights", weights) == 0
+    assert run(recordings / "0", output, "--weights", weights, "--framing", "reference") == 2
+    assert "made with framing = 'exact', now 'reference'" in capsys.readouterr().err
+    assert run(recordings / "0", recordings / "1", "--weights", weights) == 2
+    assert "is not empty and has no _plan.json" in capsys.readouterr().err
+    assert run(recordings / "0", tmp_path / "out.parquet", "--weights", weights) == 2
+    assert "expected a folder" in capsys.readouterr().err
+    (output / "_plan.json").write_text("{")
+    assert run(recordings / "0", output, "--weights", weights) == 2
+    assert "_plan.json: damaged" in capsys.readouterr().err
