@@ -77,23 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.device = _own_device(options.device)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_args, **_kwargs: say(parser.prog, f"warning: {message}")
-        if processes > 1:
-            dist.init_process_group("gloo")  # to tell the others the plan; nothing big goes that way
         try:
-            embedder, problem, todo = None, "", []
-            try:
-                embedder = load_embedder(options)
-                if rank == 0:
-                    todo = _make_plan(options, embedder)
-            except (OSError, ValueError) as error:
-                problem = str(error)
-            problem, todo = _agree(problem, todo, processes)
-        finally:
-            if processes > 1:
-                dist.destroy_process_group()  # from here on nobody waits for anybody
-        if problem:
-            if rank == 0:
-                say(parser.prog, f"error: {problem}")
+            embedder = load_embedder(options)
+            todo = _missing_parts(options, embedder, rank, processes)
+        except (OSError, ValueError) as error:
+            say(parser.prog, f"error: {error}")
             return BAD_USAGE
         _embed_parts(parser.prog, embedder, todo[rank::processes], options)
     return 0
@@ -106,14 +94,31 @@ def _own_device(device: str | None) -> str | None:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
-def _agree(problem: str, todo: list[int], processes: int) -> tuple[str, list[int]]:
-    """The first problem that any process had, and the first process's list of parts."""
+def _missing_parts(options: argparse.Namespace, embedder: Embedder, rank: int, processes: int) -> list[int]:
+    """Numbers of the parts that are missing, as the first process sees it, which makes the plan.
+
+    That one list is all that the processes say to each other, through the launcher's key-value store: from there on
+    nobody waits for anybody.
+
+    Raises:
+        FileNotFoundError, ValueError: as `_make_plan`, in all processes.
+    """
     if processes == 1:
-        return problem, todo
-    everyones: list[Any] = [None] * processes
-    dist.all_gather_object(everyones, (problem, todo))
-    problems = [theirs for theirs, _ in everyones if theirs]
-    return (problems[0] if problems else ""), everyones[0][1]
+        return _make_plan(options, embedder)
+    store, _, _ = next(dist.rendezvous("env://"))
+    if rank > 0:
+        answer = json.loads(store.get("plan"))  # waits for it
+        store.set(f"read by {rank}", "")
+    else:
+        try:
+            answer = {"todo": _make_plan(options, embedder)}
+        except (OSError, ValueError) as error:
+            answer = {"problem": str(error)}
+        store.set("plan", json.dumps(answer))
+        store.wait([f"read by {other}" for other in range(1, processes)])  # the store may be this process's
+    if "problem" in answer:
+        raise ValueError(answer["problem"])
+    return answer["todo"]
 
 
 def _make_plan(options: argparse.Namespace, embedder: Embedder) -> list[int]:
