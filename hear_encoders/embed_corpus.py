@@ -105,7 +105,9 @@ def _missing_parts(options: argparse.Namespace, embedder: Embedder, rank: int, p
     """
     if processes == 1:
         return _make_plan(options, embedder)
-    store, _, _ = next(dist.rendezvous("env://"))
+    # Torchrun's store outlives the processes: in it, what those before a restart said is still there.
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {processes}"
+    store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
     if rank > 0:
         answer = json.loads(store.get("plan"))  # waits for it
         store.set(f"read by {rank}", "")

@@ -75,7 +75,12 @@ def join_processes(device: str | None) -> Place:
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     if processes > 1:
-        dist.init_process_group("nccl" if place.device.type == "cuda" else "gloo")
+        # Torchrun's store outlives the processes: without a prefix of its own a process that was restarted finds in it
+        # the addresses of those before it, and cannot connect.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+        backend = "nccl" if place.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
     return place
 
 
