@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hear_encoders.frontend import SAMPLE_RATE
 
-# Frames decoded at a time: what is in memory is the 16 kHz mono result, however large the file.
+# Frames decoded at a time.
 BLOCK_FRAMES = 1 << 18
 
 # What soundfile raises for a file it cannot read: besides its own error, TypeError for samples without a header
@@ -53,19 +54,32 @@ def load_audio(path: str | os.PathLike[str]) -> Tensor:
         FileNotFoundError: no such file.
         ValueError: not an audio file that libsndfile reads, damaged, or without samples.
     """
+    return torch.cat(list(read_audio(path)))
+
+
+def read_audio(path: str | os.PathLike[str]) -> Iterator[Tensor]:
+    """Read an audio file as `load_audio` does, a block at a time: one of some hours need not fit into memory.
+
+    Yields:
+        (n,) float32, n about 2^18 samples of the file's rate.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such audio file: {path}")
+    samples = 0
     try:
         with soundfile.SoundFile(path) as file:
-            mono, frames = _read_mono(file)
+            frames = 0
+            for block, read in _read_mono(file):
+                frames += read
+                samples += len(block)
+                yield torch.from_numpy(block)
             if frames < file.frames:
-                warnings.warn(f"{path} is cut short: {frames} of {file.frames} frames are there", stacklevel=2)
+                warnings.warn(f"{path} is cut short: {frames} of {file.frames} frames are there", stacklevel=3)
     except UNREADABLE as error:
         raise ValueError(f"{path}: not readable as audio ({getattr(error, 'error_string', error)})") from error
-    if mono.size == 0:
+    if samples == 0:
         raise ValueError(f"{path}: holds no samples")
-    return torch.from_numpy(mono)
 
 
 def duration_s(path: str | os.PathLike[str]) -> float:
@@ -76,16 +90,13 @@ def duration_s(path: str | os.PathLike[str]) -> float:
         return 0.0
 
 
-def _read_mono(file: soundfile.SoundFile) -> tuple[np.ndarray, int]:
-    """The samples at 16 kHz, and how many frames they were made of."""
+def _read_mono(file: soundfile.SoundFile) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks at 16 kHz, and how many frames of the file each was made of."""
     resampler = None
     if file.samplerate != SAMPLE_RATE:
         resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, num_channels=1, dtype="float32")
-    blocks, frames = [], 0
-    while True:
+    last = False
+    while not last:
         block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True).mean(axis=1)
-        frames += len(block)
         last = len(block) < BLOCK_FRAMES
-        blocks.append(block if resampler is None else resampler.resample_chunk(block, last=last))
-        if last:
-            return np.concatenate(blocks), frames
+        yield block if resampler is None else resampler.resample_chunk(block, last=last), len(block)

@@ -1,7 +1,7 @@
 """Embedding many audio files: finding, decoding ahead, batching, collecting failures.
 
 Decoding runs in threads while the encoder runs. Files of similar length are encoded together, so that their
-last, shorter chunks share forward passes as their full ones do.
+last, shorter chunks share forward passes as their full ones do. Long ones are read and encoded piece by piece.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from hear_encoders.audio import audio_extensions, duration_s, load_audio
+from hear_encoders.audio import audio_extensions, duration_s, load_audio, read_audio
 from hear_encoders.embedder import Embedder, check_audio
 from hear_encoders.outputs import Output
+
+# Longer files, in exact framing, are not held in memory as a whole; they are decoded twice, first for their statistics.
+LONG_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ def embed_files(
         embedder: the model, on the device to run on.
         files: from `find_audio`.
         timestamps: timestamp embeddings instead of scene embeddings.
-        batch_seconds: seconds of audio encoded together; a longer file is a batch of its own. About twice as
-            much is decoded ahead.
+        batch_seconds: seconds of audio encoded together; a longer file is a batch of its own, and one of over
+            10 minutes goes through piece by piece. About twice as much is decoded ahead.
         jobs: decoding threads.
         on_done: called with the number of files that are through, successful or not.
 
@@ -105,20 +109,29 @@ def embed_files(
         The files that failed, sorted; the rest are done.
     """
     failures: list[Failure] = []
+
+    def add(file: AudioFile, embedding: Tensor, samples: int) -> None:
+        times = embedder.timestamps_ms(samples).numpy() if timestamps else None
+        try:
+            output.add(str(file.path), file.name, embedding[0].cpu().numpy(), times)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            failures.append(Failure(file.path, f"{file.path}: its name is too long for the output"))
+
     with ThreadPoolExecutor(jobs) as pool:
         lengths = list(pool.map(duration_s, [file.path for file in files]))
         by_length = sorted(zip(lengths, files), key=lambda pair: (pair[0], pair[1].path))
-        decoded = _decode_ahead(pool, by_length, 2 * batch_seconds)
+        long = [file for seconds, file in by_length if seconds > LONG_S and embedder.framing == "exact"]
+        decoded = _decode_ahead(pool, by_length[: len(by_length) - len(long)], 2 * batch_seconds)
         for batch in _batches(decoded, batch_seconds):
             good: list[tuple[AudioFile, Tensor]] = []
             for file, future in batch:
                 error = future.exception()
                 if error is None:
                     good.append((file, future.result()))
-                elif isinstance(error, (OSError, ValueError)):
-                    failures.append(Failure(file.path, str(error)))
                 else:
-                    failures.append(Failure(file.path, f"{file.path}: {type(error).__name__}: {error}"))
+                    failures.append(_failure(file, error))
             try:
                 embeddings = embedder.embed_batches([audio for _, audio in good], timestamps) if good else []
             except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
@@ -128,15 +141,29 @@ def embed_files(
                 ]
                 embeddings = []
             for (file, audio), embedding in zip(good, embeddings):
-                times = embedder.timestamps_ms(audio.shape[1]).numpy() if timestamps else None
-                try:
-                    output.add(str(file.path), file.name, embedding[0].cpu().numpy(), times)
-                except OSError as error:
-                    if error.errno != errno.ENAMETOOLONG:
-                        raise
-                    failures.append(Failure(file.path, f"{file.path}: its name is too long for the output"))
+                add(file, embedding, audio.shape[1])
             on_done(len(batch))
+    for file in long:
+        try:
+            embedding, samples = embedder.embed_blocks(partial(_read, file), timestamps)
+        except (OSError, ValueError, MemoryError, RuntimeError) as error:
+            failures.append(_failure(file, error))
+        else:
+            add(file, embedding, samples)
+        on_done(1)
     return sorted(failures, key=lambda failure: failure.path)
+
+
+def _failure(file: AudioFile, error: BaseException) -> Failure:
+    told = isinstance(error, (OSError, ValueError))  # in words for people, with the file's name
+    return Failure(file.path, str(error) if told else f"{file.path}: {type(error).__name__}: {error}")
+
+
+def _read(file: AudioFile) -> Iterator[Tensor]:
+    """A file's audio in blocks; what is wrong with a block is said with the file's name."""
+    for block in read_audio(file.path):
+        if len(block):
+            yield check_audio(block, name=str(file.path))[0]
 
 
 def _decode(file: AudioFile) -> Tensor:

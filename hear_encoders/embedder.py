@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from hear_encoders import reference
 from hear_encoders.encoders import Encoder
-from hear_encoders.frontend import BANDS, HOP, HOP_MS, SAMPLE_RATE, LogMel, clip_statistics, normalize
+from hear_encoders.frontend import (
+    BANDS,
+    HOP,
+    HOP_MS,
+    SAMPLE_RATE,
+    LogMel,
+    clip_statistics,
+    logmel_of_blocks,
+    normalize,
+    statistics_of_blocks,
+)
 
 Framing = Literal["exact", "reference"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -171,6 +181,54 @@ class Embedder(nn.Module):
             return parts
         return [part.sum(1) / self.step_count(batch.shape[1]) for part, batch in zip(parts, batches)]
 
+    def embed_blocks(self, read: Callable[[], Iterable[Tensor]], per_step: bool = False) -> tuple[Tensor, int]:
+        """Embed one long clip that need not fit into memory, in exact framing.
+
+        Args:
+            read: gives the clip from its beginning, in blocks (n,) of any length, each as `check_audio` takes it. It
+                is called twice where the clip's own statistics are to be found first.
+            per_step: return timestamp embeddings.
+
+        Returns:
+            Scene embedding (1, E), or timestamp embeddings (1, T, E), float32 on the model's device: what
+            `embed_batches` gives for the whole clip, to rounding. And how many samples the clip has.
+
+        Raises:
+            ValueError: no samples, or not exact framing.
+        """
+        self._check_weights()
+        if self.framing != "exact":
+            raise ValueError(f"only exact framing goes through a clip in blocks, got {self.framing!r}")
+        patches, samples, done = self.encoder.config.patches, 0, 0
+
+        def blocks() -> Iterator[Tensor]:
+            nonlocal samples
+            samples = 0
+            for block in read():
+                samples += len(block)
+                if len(block):
+                    yield check_audio(block)[0].to(self.device)
+
+        parts, total = [], torch.zeros(1, self.scene_embedding_size, dtype=torch.float64, device="cpu")
+        with torch.no_grad():
+            statistics = self.statistics or statistics_of_blocks(logmel_of_blocks(self.log_mel, blocks()))
+            size = self.max_chunks * patches.chunk_frames
+            for frames, last in _in_pieces(logmel_of_blocks(self.log_mel, blocks()), size):
+                steps = self.step_count(samples) - done if last else size // patches.patch_frames
+                chunks = self._cut(normalize(frames[None], *statistics), steps)
+                done += steps
+                for _, embeddings in self._encode(chunks):  # in order: all but the clip's last chunk are of equal shape
+                    embeddings = embeddings.flatten(0, 1)  # (T, E)
+                    if per_step:
+                        parts.append(embeddings)
+                    else:
+                        total += embeddings.sum(0).cpu()
+        if done == 0:
+            raise ValueError("there are no samples")
+        if per_step:
+            return torch.cat(parts)[None], samples
+        return (total / done).float().to(self.device), samples
+
     def _chunks(self, audio: Tensor) -> list[Chunk]:
         """Frames of (B, samples) cut into chunks, clip by clip, equally many for each clip."""
         patches = self.encoder.config.patches
@@ -179,7 +237,12 @@ class Embedder(nn.Module):
         logmel = normalize(logmel, *(self.statistics or clip_statistics(logmel)))
         if self.framing == "reference":
             logmel = reference.pad_frames(logmel, patches)
-        else:
+        return self._cut(logmel, steps)
+
+    def _cut(self, logmel: Tensor, steps: int) -> list[Chunk]:
+        """Normalised frames (B, F, bands) cut into the chunks of so many steps, clip by clip."""
+        patches = self.encoder.config.patches
+        if self.framing == "exact":
             frames = steps * patches.patch_frames
             missing = frames - logmel.shape[1]
             if missing > 0:  # the last step reaches past the clip's end: repeat the last frame
@@ -188,7 +251,7 @@ class Embedder(nn.Module):
         pieces = logmel.split(patches.chunk_frames, dim=1)
         kept = [min(patches.steps, steps - index * patches.steps) for index in range(len(pieces))]
         return [
-            Chunk(piece[clip], keep) for clip in range(audio.shape[0]) for piece, keep in zip(pieces, kept) if keep > 0
+            Chunk(piece[clip], keep) for clip in range(logmel.shape[0]) for piece, keep in zip(pieces, kept) if keep > 0
         ]
 
     def _encode(self, chunks: list[Chunk]) -> Iterator[tuple[list[int], Tensor]]:
@@ -213,6 +276,18 @@ class Embedder(nn.Module):
         dtype = self.encoder.cls_token.dtype
         if not dtype == self.log_mel.mel.dtype == torch.float32:
             raise ValueError(f"the model's weights are {dtype}: keep them float32, and choose half with precision=...")
+
+
+def _in_pieces(blocks: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, bool]]:
+    """Frames (F, bands) regrouped into pieces of `size` frames, the last one of up to twice as many; is it the last?"""
+    kept = None
+    for block in blocks:
+        kept = block if kept is None else torch.cat([kept, block])
+        while len(kept) > 2 * size:
+            yield kept[:size], False
+            kept = kept[size:]
+    if kept is not None:
+        yield kept, True
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

@@ -9,6 +9,7 @@ sample 160 * i, so a clip of N samples has N // 160 + 1 frames. Equal to
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,31 @@ class LogMel(nn.Module):
         return (power.transpose(1, 2) @ self.mel).add_(LOG_OFFSET).log_()
 
 
+def logmel_of_blocks(log_mel: LogMel, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Log-mel of a clip that comes in blocks, as they come; joined, the frames are those of the whole clip.
+
+    Args:
+        blocks: (n,) float32 each, of any length, together a clip.
+
+    Yields:
+        (F, 80) float32 each.
+    """
+    before = math.ceil(WINDOW / 2 / HOP)  # frames that are kept, so that the window of the next one is whole
+    audio, first = None, 0  # what is kept of the clip, and which frame is centred on its first sample
+    done = 0  # frames
+    for block in blocks:
+        audio = block if audio is None else torch.cat([audio, block])
+        # Frames are whole when their window is; the very first one also needs what its beginning reflects.
+        whole = (HOP * first + len(audio) - WINDOW // 2) // HOP + 1 if HOP * first + len(audio) >= SHORTEST_CLIP else 0
+        if whole > done:
+            # At its ends that piece is reflected, and only there frames come out wrong: they are not taken.
+            yield log_mel(audio[None])[0, done - first : whole - first]
+            done, drop = whole, max(0, whole - before - first)
+            audio, first = audio[HOP * drop :].clone(), first + drop
+    if audio is not None:
+        yield log_mel(audio[None])[0, done - first :]
+
+
 def mel_matrix() -> Tensor:
     """Return the (201, 80) float32 matrix of triangular HTK mel filters with peaks of 1."""
     # In float32 throughout: where a bin only just touches a narrow low filter, the rounding of the corners
@@ -98,6 +124,24 @@ def clip_statistics(logmel: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation over all frames and bands of each clip: two (B, 1, 1) tensors."""
     variance, mean = torch.var_mean(logmel, dim=(1, 2), keepdim=True)
     return mean, variance.sqrt()
+
+
+def statistics_of_blocks(blocks: Iterable[Tensor]) -> tuple[float, float]:
+    """As `clip_statistics`, of one clip whose frames come in blocks (F, bands).
+
+    Raises:
+        ValueError: no frames.
+    """
+    count, mean, squares = 0, 0.0, 0.0  # squares of distances from the mean
+    for block in blocks:
+        variance, middle = torch.var_mean(block, correction=0)
+        added, step = block.numel(), middle.item() - mean
+        squares += added * (variance.item() + step * step * count / (count + added))
+        count += added
+        mean += step * added / count
+    if count == 0:
+        raise ValueError("there are no frames to take the statistics of")
+    return mean, math.sqrt(squares / (count - 1))
 
 
 def normalize(logmel: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:

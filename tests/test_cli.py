@@ -23,7 +23,16 @@ import torch
 
 import hear_audiomaepp
 import hear_axlstm
-from hear_encoders import AxLSTMConfig, Embedder, TransformerConfig, build_encoder, corpus, load_audio, save_checkpoint
+from hear_encoders import (
+    AxLSTMConfig,
+    Embedder,
+    TransformerConfig,
+    audio,
+    build_encoder,
+    corpus,
+    load_audio,
+    save_checkpoint,
+)
 from hear_encoders.cli import embed_main, weights_main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -482,6 +491,29 @@ def test_decoding_goes_on_while_the_model_encodes_but_not_without_bound(
 
 # ---------------------------------------------------------------------------------------------------------
 # Files that fail
+
+
+@pytest.mark.parametrize("timestamps", [[], ["--timestamps"]])
+def test_long_files_go_through_in_pieces_and_come_out_the_same(
+    embed, encoded, recordings, workplace, monkeypatch, timestamps: list[str]
+) -> None:
+    assert embed(recordings, "-o", "whole", *timestamps).code == 0
+    assert encoded
+    encoded.clear()
+    monkeypatch.setattr(corpus, "LONG_S", 0.1)
+    monkeypatch.setattr(audio, "BLOCK_FRAMES", 5000)
+    shutil.copytree(recordings, "in")
+    write_bad(Path("in/cut.flac"))
+    write_bad(Path("in/junk.wav"))
+    outcome = embed("in", "-o", "pieces", *timestamps)
+    assert outcome.code == 1 and outcome.err.count("failed: ") == 2 and not encoded
+    assert "in/junk.wav: not readable" in outcome.err and "in/cut.flac: not readable" in outcome.err
+    names = [name for name in files_in(workplace / "whole") if name.endswith(".npy")]
+    assert names == [name for name in files_in(workplace / "pieces") if name.endswith(".npy")]
+    for name in names:
+        np.testing.assert_allclose(
+            np.load(workplace / "pieces" / name), np.load(workplace / "whole" / name), rtol=1e-4, atol=1e-4
+        )
 
 
 def write_bad(path: Path) -> Path:

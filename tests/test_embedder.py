@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -250,6 +251,35 @@ def test_sixteen_bit_range_warns(small_embedder, noise):
 def test_ordinary_audio_does_not_warn(noise, recwarn):
     check_audio(3 * noise(1, 4000))
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [*LENGTHS, 64000, 64160, 64240, 128000, 250_001])
+@pytest.mark.parametrize("statistics", [None, STATISTICS])
+def test_a_clip_in_blocks_is_embedded_like_the_whole(small_embedder, noise, kind, samples, statistics):
+    embedder, clip = small_embedder(kind, max_chunks=1, statistics=statistics), noise(1, samples)
+    for sizes in (700, 100_000):
+        embeddings, length = embedder.embed_blocks(partial(clip[0].split, sizes), per_step=True)
+        assert length == samples
+        torch.testing.assert_close(embeddings, embedder.timestamp_embeddings(clip)[0], rtol=1e-4, atol=1e-4)
+        scene, _ = embedder.embed_blocks(partial(clip[0].split, sizes))
+        torch.testing.assert_close(scene, embedder.scene_embeddings(clip), rtol=1e-4, atol=1e-4)
+
+
+def test_silence_in_blocks_is_embedded_like_the_whole(small_embedder):
+    embedder, clip = small_embedder(), torch.zeros(1, 100_000)
+    scene, _ = embedder.embed_blocks(lambda: clip[0].split(3000))
+    torch.testing.assert_close(scene, embedder.scene_embeddings(clip), rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_embedded_in_blocks_is_said(small_embedder, noise):
+    with pytest.raises(ValueError, match="only exact framing"):
+        small_embedder(framing="reference").embed_blocks(lambda: [noise(1, 32000)[0]])
+    for statistics in (None, STATISTICS):
+        with pytest.raises(ValueError, match="there are no"):
+            small_embedder(statistics=statistics).embed_blocks(lambda: [torch.empty(0)])
+    with pytest.raises(ValueError, match="finite samples"):
+        small_embedder().embed_blocks(lambda: [noise(1, 32000)[0], torch.full((10,), math.nan)])
 
 
 MEMORY_PROGRAM = """

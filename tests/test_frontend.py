@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from hear_encoders import frontend
-from hear_encoders.frontend import LogMel, clip_statistics, mel_matrix, normalize
+from hear_encoders.frontend import (
+    LogMel,
+    clip_statistics,
+    logmel_of_blocks,
+    mel_matrix,
+    normalize,
+    statistics_of_blocks,
+)
 
 LENGTHS = (17120, 32000, 68801)
 
@@ -72,3 +79,14 @@ def test_statistics_are_each_clips_own(noise):
     for clip in range(2):
         assert mean[clip].item() == pytest.approx(logmel[clip].double().mean().item(), abs=1e-5)
         assert std[clip].item() == pytest.approx(logmel[clip].double().std().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 160, 200, 201, 359, 360, 361, 5000, 33333])
+@pytest.mark.parametrize("block", [1, 159, 160, 401, 10_000])
+def test_blocks_have_the_frames_of_the_whole(noise, samples, block):
+    clip = noise(1, min(samples, 1000 * block))
+    expected = LogMel()(clip)[0]
+    blocks = list(logmel_of_blocks(LogMel(), clip[0].split(block)))
+    torch.testing.assert_close(torch.cat(blocks), expected, rtol=1e-5, atol=1e-5)
+    mean, std = clip_statistics(expected[None])
+    assert statistics_of_blocks(blocks) == pytest.approx((mean.item(), std.item()), rel=1e-5)
