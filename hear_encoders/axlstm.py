@@ -39,14 +39,19 @@ class BlockDiagonal(nn.Module):
         return (after @ self.weight).transpose(0, 1).flatten(1)
 
 
+def merged_blocks(blocks: int, heads: int, size: int) -> int:
+    """How many blocks of a block-diagonal map to do as one matmul: 4 x 4 is nearly all overhead. They lie in one head,
+    unless there are blocks that lie in two."""
+    return math.gcd(blocks if blocks % heads else blocks // heads, max(1, MATMUL_SIZE // size))
+
+
 def project_to_heads(x: Tensor, projections: Sequence[BlockDiagonal], heads: int) -> list[Tensor]:
     """Project one input in several ways, each cut into heads: (B, S, I) -> (B, H, S, I/H) in memory order, for each."""
     batch, length, _ = x.shape
     weight = torch.stack([projection.weight for projection in projections], dim=1)  # (blocks, maps, out, in)
     blocks, _, _, size = weight.shape
-    # Matmuls of 4 x 4 are nearly all overhead: several blocks of a head go into one, between them zeros.
     aligned = blocks % heads == 0
-    merged = math.gcd(blocks // heads if aligned else blocks, max(1, MATMUL_SIZE // size))
+    merged = merged_blocks(blocks, heads, size)  # between them zeros
     weight = weight.unflatten(0, (-1, merged)).permute(0, 4, 2, 3, 1)  # (groups, in, maps, out, merged)
     weight = torch.diag_embed(weight, dim1=1, dim2=4)  # (groups, merged, in, maps, merged, out)
     weight = weight.flatten(3).flatten(1, 2)  # (groups, merged * in, maps * merged * out)

@@ -24,10 +24,10 @@ from hear_encoders.axlstm import (
     BLOCK_NORM_EPS,
     FINAL_NORM_EPS,
     HEAD_NORM_EPS,
-    MATMUL_SIZE,
     AxLSTMEncoder,
     BlockDiagonal,
     MLSTMBlock,
+    merged_blocks,
 )
 from hear_encoders.embedder import Embedder, check_audio, check_statistics
 from hear_encoders.frontend import BANDS, HOP, LOG_OFFSET, SAMPLE_RATE, SHORTEST_CLIP, WINDOW, LogMel, normalize
@@ -376,7 +376,8 @@ class _FoldedBlock:
         self.gates_of_convolved = (block.q.fold(of_q) + block.k.fold(of_k)).detach().T.contiguous()  # (I, 2 H)
         self.gates_of_input = (block.v.fold(of_v).detach() @ up[:inner]).T.contiguous()  # (D, 2 H)
         self.gates_bias = torch.cat([block.gate_i.bias, block.gate_f.bias]).detach()
-        self.size = _group_size(self.head_dim, inner, block.q.weight.shape[1])
+        blocks, size, _ = block.q.weight.shape
+        self.size = inner if blocks % block.heads else size * merged_blocks(blocks, block.heads, size)
         self.qk = torch.cat([_groups(block.q, self.size), _groups(block.k, self.size) * self.head_dim**-0.5], dim=2)
         self.v = _groups(block.v, self.size)
         self.head_norm = block.head_norm.weight.detach().clone().view(self.heads, self.head_dim)
@@ -445,13 +446,6 @@ class _FoldedBlock:
         memory.mul_(of_memory[:, -1:]).baddbmm_(write.transpose(1, 2), v)
         stabilizer.copy_(m[:, length - 1 :])
         return h
-
-
-def _group_size(head_dim: int, inner: int, block: int) -> int:
-    """Channels of the matrices that block-diagonal maps are done with: whole blocks, within a head if blocks are."""
-    if head_dim % block:
-        return inner
-    return block * math.gcd(head_dim // block, max(1, MATMUL_SIZE // block))
 
 
 def _groups(projection: BlockDiagonal, size: int) -> Tensor:

@@ -52,16 +52,15 @@ class Crops(Dataset):
         seed: int,
         shares: Sequence[int] | None = None,
     ) -> None:
-        sizes = index.sizes if isinstance(index, JoinedShards) else [len(index)]
-        if shares is not None and len(shares) != len(sizes):
-            raise ValueError(f"expected a share for each of {len(sizes)} folders of shards, got {tuple(shares)}")
+        if shares is not None and len(shares) != len(index.sizes):
+            raise ValueError(f"expected a share for each of {len(index.sizes)} folders of shards, got {tuple(shares)}")
         self.index = index
         self.frames = frames
         self.crops_per_record = crops_per_record
         self.normalize = normalize
         self.seed = seed
         self.shares = None if shares is None else np.array(shares)
-        self._sizes = [len(index)] if shares is None else sizes
+        self._sizes = [len(index)] if shares is None else index.sizes
         self._firsts = [0, *np.cumsum(self._sizes)]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._mix: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))

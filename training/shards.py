@@ -69,6 +69,7 @@ class ShardIndex:
         shards: (records,) int32, number of the shard each record is in.
         offsets: (records,) int64, where its values begin in the shard's file, in bytes.
         frames: (records,) int32, length in frames of 10 ms.
+        sizes: [records], as `JoinedShards` has them.
     """
 
     def __init__(self, path: Path, shards: np.ndarray, offsets: np.ndarray, frames: np.ndarray) -> None:
@@ -76,6 +77,7 @@ class ShardIndex:
         self.shards = shards
         self.offsets = offsets
         self.frames = frames
+        self.sizes = [len(offsets)]
         self._firsts = np.searchsorted(shards, np.arange(shards[-1] + 1 if len(shards) else 0))
         self._files: dict[int, _File] = {}
         self._sidecar: tuple[int, list[dict[str, Any]]] = (-1, [])
@@ -158,7 +160,12 @@ class ShardIndex:
 
 
 class JoinedShards:
-    """Folders of shards as one: records are numbered through, one folder after another."""
+    """Folders of shards as one: records are numbered through, one folder after another.
+
+    Attributes:
+        indices: of the folders.
+        sizes: records of each folder.
+    """
 
     def __init__(self, indices: Sequence[ShardIndex]) -> None:
         self.indices = list(indices)
