@@ -24,7 +24,7 @@ from benchmarks.measure import argument_parser, format_machine, format_table, pr
 from hear_encoders import PRESETS
 from hear_encoders.frontend import SAMPLE_RATE
 
-# Prints seconds and bytes. The first minute is not counted: it warms up what is set up once.
+# Prints seconds and bytes. A short file goes first, for what is set up once.
 PROGRAM = """
 import sys, time
 from pathlib import Path

@@ -58,10 +58,10 @@ def load_audio(path: str | os.PathLike[str]) -> Tensor:
 
 
 def read_audio(path: str | os.PathLike[str]) -> Iterator[Tensor]:
-    """Read an audio file as `load_audio` does, a block at a time: one of some hours need not fit into memory.
+    """Read an audio file as `load_audio` does, with its warnings and errors, a block at a time: for hours of audio.
 
     Yields:
-        (n,) float32, n about 2^18 samples of the file's rate.
+        (n,) float32, of about 2^18 samples of the file's rate; may be empty.
     """
     path = Path(path)
     if not path.is_file():

@@ -62,22 +62,24 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
     live.add_argument(
         "--warm-up",
         type=_not_negative,
-        default=DEFAULT_WARM_UP_S,
         metavar="N",
-        help="without --statistics: seconds to listen for before the first step; default: %(default)s",
+        help=f"without --statistics: seconds to listen for before the first step; default: {DEFAULT_WARM_UP_S:g}",
     )
     raw = PCM()
+    live.add_argument("--encoding", choices=ENCODINGS, help=f"of raw samples; default: {raw.encoding}")
     live.add_argument(
-        "--encoding", choices=ENCODINGS, default=raw.encoding, help="of raw samples; default: %(default)s"
+        "--sample-rate", type=positive(int), metavar="HZ", help=f"of raw samples; default: {raw.sample_rate}"
     )
-    live.add_argument("--sample-rate", type=positive(int), default=raw.sample_rate, metavar="HZ", help="of raw samples")
-    live.add_argument("--channels", type=positive(int), default=raw.channels, metavar="N", help="of raw samples")
+    live.add_argument("--channels", type=positive(int), metavar="N", help=f"of raw samples; default: {raw.channels}")
     options = parser.parse_args(arguments)
     options.model = options.model or (STREAMING_MODEL if options.stream else MODELS[0])
     if options.stream and (options.inputs != ["-"] or options.output or options.timestamps):
         parser.error("--stream takes - as its only input, and neither --output nor --timestamps")
     if not options.stream and not options.output:
         parser.error("the following arguments are required: -o/--output")
+    of_streams = (options.warm_up, options.encoding, options.sample_rate, options.channels)
+    if not options.stream and any(value is not None for value in of_streams):
+        parser.error("--warm-up, --encoding, --sample-rate and --channels go with --stream")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_args, **_kwargs: say(parser.prog, f"warning: {message}")
         if options.stream:
@@ -167,10 +169,16 @@ def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output
 
 def _stream(prog: str, options: argparse.Namespace) -> int:
     """Embed standard input as it comes, a line of JSON for each step."""
+    began = False
     try:
-        stream = AxLSTMStream(load_embedder(options), warm_up_s=options.warm_up)
-        pcm = PCM(options.encoding, options.sample_rate, options.channels)
+        warm_up_s = DEFAULT_WARM_UP_S if options.warm_up is None else options.warm_up
+        stream = AxLSTMStream(load_embedder(options), warm_up_s=warm_up_s)
+        raw = PCM()
+        pcm = PCM(
+            options.encoding or raw.encoding, options.sample_rate or raw.sample_rate, options.channels or raw.channels
+        )
         for block in read_pipe(sys.stdin.buffer, pcm):
+            began = True
             _write_steps(*stream.push(torch.from_numpy(block)))
         _write_steps(*stream.finish())
     except KeyboardInterrupt:
@@ -181,7 +189,7 @@ def _stream(prog: str, options: argparse.Namespace) -> int:
         return FAILED
     except (OSError, ValueError) as error:
         say(prog, f"error: {error}")
-        return BAD_USAGE
+        return FAILED if began else BAD_USAGE
     return 0
 
 

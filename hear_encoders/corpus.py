@@ -36,10 +36,11 @@ class AudioFile:
 
 @dataclass(frozen=True)
 class Failure:
-    """A file that could not be embedded, and why; the reason names it."""
+    """A file that could not be embedded, and why; the reason names it. Was it the machine, rather than the file?"""
 
     path: Path
     reason: str
+    machine: bool = False
 
 
 def find_audio(inputs: Sequence[str]) -> tuple[Path, list[AudioFile]]:
@@ -136,34 +137,41 @@ def embed_files(
                 embeddings = embedder.embed_batches([audio for _, audio in good], timestamps) if good else []
             except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
                 failures += [
-                    Failure(file.path, f"{file.path}: {type(error).__name__} in a batch of {len(good)} files: {error}")
+                    Failure(
+                        file.path, f"{file.path}: {type(error).__name__} in a batch of {len(good)} files: {error}", True
+                    )
                     for file, _ in good
                 ]
                 embeddings = []
             for (file, audio), embedding in zip(good, embeddings):
                 add(file, embedding, audio.shape[1])
             on_done(len(batch))
-    for file in long:
-        try:
-            embedding, samples = embedder.embed_blocks(partial(_read, file), timestamps)
-        except (OSError, ValueError, MemoryError, RuntimeError) as error:
-            failures.append(_failure(file, error))
-        else:
-            add(file, embedding, samples)
-        on_done(1)
+        for file in long:
+            try:
+                read = partial(_one_ahead, pool, partial(read_audio, file.path))
+                embedding, samples = embedder.embed_blocks(read, timestamps, name=str(file.path))
+            except (OSError, ValueError, MemoryError, RuntimeError) as error:
+                failures.append(_failure(file, error))
+            else:
+                add(file, embedding, samples)
+            on_done(1)
     return sorted(failures, key=lambda failure: failure.path)
 
 
 def _failure(file: AudioFile, error: BaseException) -> Failure:
-    told = isinstance(error, (OSError, ValueError))  # in words for people, with the file's name
-    return Failure(file.path, str(error) if told else f"{file.path}: {type(error).__name__}: {error}")
+    if isinstance(error, (OSError, ValueError)):  # in words for people, with the file's name
+        return Failure(file.path, str(error))
+    machine = isinstance(error, (MemoryError, RuntimeError))
+    return Failure(file.path, f"{file.path}: {type(error).__name__}: {error}", machine)
 
 
-def _read(file: AudioFile) -> Iterator[Tensor]:
-    """A file's audio in blocks; what is wrong with a block is said with the file's name."""
-    for block in read_audio(file.path):
-        if len(block):
-            yield check_audio(block, name=str(file.path))[0]
+def _one_ahead(pool: ThreadPoolExecutor, read: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
+    """Blocks of audio; while one is worked on, the next is decoded."""
+    blocks = read()
+    following = pool.submit(next, blocks, None)
+    while (block := following.result()) is not None:
+        following = pool.submit(next, blocks, None)
+        yield block
 
 
 def _decode(file: AudioFile) -> Tensor:

@@ -1,15 +1,19 @@
 """Embed a corpus on many cores, GPUs or machines: `torchrun -m hear_encoders.embed_corpus INPUT... -o OUT`.
 
-The files are dealt out in parts of equally many, and each process embeds every so-manieth part that is missing. In OUT
-(NNNNNN: number of the part)
+The files are cut into parts, and each process embeds every so-manieth part that is missing. In OUT (NNNNNN: number of
+the part)
 
-    part-NNNNNN.parquet   rows as of `hear-embed -o .parquet`: path, embedding, of time steps also timestamp_ms
-    _part-NNNNNN.json     written last: how many files the part has, and which of them could not be embedded, and why
-    _plan.json            what the embeddings were made with, and which files go into which part
+    part-NNNNNN.parquet       rows as of `hear-embed -o .parquet`, with absolute paths: path, embedding, and of time
+                              steps timestamp_ms
+    _part-NNNNNN.json         written after it: how many files the part has, which could not be embedded, and why
+    _part-NNNNNN.files.json   which files go into the part
+    _plan.json                how many parts there are, and what the embeddings are made with
 
-Readers of Parquet take the folder as one table; they pass over names that begin with _. A part is there as a whole or
-not at all, so that whatever becomes of a process, the same command goes on where it was, on any number of processes,
-and loses and doubles nothing. Files that are new since then become parts of their own.
+pyarrow, pandas and Spark take the folder as one table, as they pass over names that begin with _; others take
+OUT/part-*.parquet. A part is there as a whole or not at all, so that whatever becomes of a process, the same command
+goes on where it was, on any number of processes; what is lost is work on the parts in hand. Files that are new since
+then become parts of their own. One launch at a time may work on a folder. Processes that were killed may leave hidden
+`.*.tmp` files in it.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +43,13 @@ from hear_encoders.cli import (
     positive,
     say,
 )
-from hear_encoders.corpus import AudioFile, embed_files, find_audio
+from hear_encoders.corpus import AudioFile, Failure, embed_files, find_audio
 from hear_encoders.embedder import Embedder
 from hear_encoders.outputs import ParquetOutput, check_parquet, output_kind
 
 PLAN_FILE = "_plan.json"
+POLL_S = 1.0
+LONGEST_PLANNING = timedelta(days=1)
 
 _EPILOG = """\
 examples:
@@ -69,58 +76,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--part-files", type=positive(int), default=1000, metavar="N", help="files in a part; default: %(default)s"
     )
+    parser.add_argument(
+        "--part-mb", type=positive(float), default=256.0, metavar="N", help="audio in a part; default: %(default)g MB"
+    )
     parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
     add_embedding_arguments(parser)
     options = parser.parse_args(arguments)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if options.device == "cuda" or options.device is None:
-        options.device = _own_device(options.device)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_args, **_kwargs: say(parser.prog, f"warning: {message}")
         try:
+            check_parquet()
+            options.device = _own_device(options.device)
             embedder = load_embedder(options)
-            todo = _missing_parts(options, embedder, rank, processes)
+            todo = _agree_on_parts(options, embedder, rank, processes)
+            root = Path(_read_plan(options.output)["settings"]["root"])
+            _check_settings(options, embedder, root)
         except (OSError, ValueError) as error:
             say(parser.prog, f"error: {error}")
             return BAD_USAGE
-        _embed_parts(parser.prog, embedder, todo[rank::processes], options)
+        failures = []
+        for done, number in enumerate(todo[rank::processes], start=1):
+            if not _record(options.output, number).exists():  # as it may after a restart
+                failures += _embed_part(embedder, root, number, options)
+                say(parser.prog, f"part {number} done, {done} of {len(todo[rank::processes])}")
+        for failure in failures:
+            say(parser.prog, f"failed: {failure.reason}")
+        # Torchrun takes the whole launch down some minutes after the first machine has ended.
+        while processes > 1 and not all(_record(options.output, number).exists() for number in todo):
+            time.sleep(POLL_S)
     return 0
 
 
 def _own_device(device: str | None) -> str | None:
-    """The GPU of this process among those of its machine; None where there is none to be had and none was asked for."""
-    if device is None and not torch.cuda.is_available():
-        return None
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    """The GPU of this process among those of its machine, where a GPU is to be taken."""
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if device not in (None, "cuda") or gpus == 0:
+        return device
+    if local >= gpus:
+        raise ValueError(f"this is process {local + 1} of its machine, which has {gpus} GPUs: start as many, or choose")
+    return f"cuda:{local}"
 
 
-def _missing_parts(options: argparse.Namespace, embedder: Embedder, rank: int, processes: int) -> list[int]:
-    """Numbers of the parts that are missing, as the first process sees it, which makes the plan.
+def _agree_on_parts(options: argparse.Namespace, embedder: Embedder, rank: int, processes: int) -> list[int]:
+    """Numbers of the parts that are missing as the work begins, the same list in all processes.
 
-    That one list is all that the processes say to each other, through the launcher's key-value store: from there on
-    nobody waits for anybody.
+    The first process makes it, and the others get it through the launcher's key-value store. Torchrun's store outlives
+    processes: after a restart the list is still there and still good, only some of its parts are done by now.
 
     Raises:
-        FileNotFoundError, ValueError: as `_make_plan`, in all processes.
+        FileNotFoundError, ValueError: as `_make_plan`, in the first process; torchrun then ends the others.
     """
     if processes == 1:
         return _make_plan(options, embedder)
-    # Torchrun's store outlives the processes: in it, what those before a restart said is still there.
-    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {processes}"
-    store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-    if rank > 0:
-        answer = json.loads(store.get("plan"))  # waits for it
-        store.set(f"read by {rank}", "")
-    else:
-        try:
-            answer = {"todo": _make_plan(options, embedder)}
-        except (OSError, ValueError) as error:
-            answer = {"problem": str(error)}
-        store.set("plan", json.dumps(answer))
-        store.wait([f"read by {other}" for other in range(1, processes)])  # the store may be this process's
-    if "problem" in answer:
-        raise ValueError(answer["problem"])
-    return answer["todo"]
+    store, _, _ = next(dist.rendezvous("env://"))
+    if rank == 0 and not store.check(["missing parts"]):
+        store.set("missing parts", json.dumps(_make_plan(options, embedder)))
+    store.wait(["missing parts"], LONGEST_PLANNING)
+    return json.loads(store.get("missing parts"))
 
 
 def _make_plan(options: argparse.Namespace, embedder: Embedder) -> list[int]:
@@ -130,36 +143,48 @@ def _make_plan(options: argparse.Namespace, embedder: Embedder) -> list[int]:
         FileNotFoundError: no such input, or no audio in it.
         ValueError: the folder is of embeddings that were made differently, or holds something else.
     """
-    check_parquet()
-    output, plan_file = options.output, options.output / PLAN_FILE
+    output, parts, known = options.output, 0, set()
     if output_kind(output) != "folder":
         raise ValueError(f"{output}: expected a folder")
     root, files = find_audio(options.inputs)
-    settings = {**embedding_settings(embedder, options.model, root), "timestamps": options.timestamps}
-    parts: list[list[str]] = []
-    if plan_file.exists():
-        plan = _read_plan(output)
-        for key, value in settings.items():
-            if plan["settings"].get(key) != value:
-                before = plan["settings"].get(key)
-                raise ValueError(f"{output} holds embeddings made with {key} = {before!r}, now {value!r}")
-        parts = plan["parts"]
+    if (output / PLAN_FILE).exists():
+        _check_settings(options, embedder, root)
+        parts = _read_plan(output)["parts"]
+        known = {name for number in range(parts) for name in _read_files(output, number)}
     elif output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and has no {PLAN_FILE}: choose another folder")
-    known = {name for part in parts for name in part}
-    new = [file.name for file in files if file.name not in known]
-    if new:
-        parts += [new[first : first + options.part_files] for first in range(0, len(new), options.part_files)]
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(plan_file, {"settings": settings, "parts": parts})
-    return [number for number in range(len(parts)) if not _record(output, number).exists()]
+    output.mkdir(parents=True, exist_ok=True)
+    part, size = [], 0.0
+    for file in [*(file for file in files if file.name not in known), None]:
+        megabytes = 0.0 if file is None else file.path.stat().st_size / 1e6
+        if part and (file is None or len(part) == options.part_files or size + megabytes > options.part_mb):
+            write_json(_files_file(output, parts), part)
+            part, size, parts = [], 0.0, parts + 1
+        if file is not None:
+            part.append(file.name)
+            size += megabytes
+    write_json(output / PLAN_FILE, {"settings": _settings(options, embedder, root), "parts": parts})
+    return [number for number in range(parts) if not _record(output, number).exists()]
+
+
+def _settings(options: argparse.Namespace, embedder: Embedder, root: Path) -> dict[str, Any]:
+    """What the embeddings are made with."""
+    return {**embedding_settings(embedder, options.model, root), "timestamps": options.timestamps}
+
+
+def _check_settings(options: argparse.Namespace, embedder: Embedder, root: Path) -> None:
+    """Raise ValueError where the plan was made with other settings: also by a machine with, say, other weights."""
+    there = _read_plan(options.output)["settings"]
+    for key, value in _settings(options, embedder, root).items():
+        if there.get(key) != value:
+            raise ValueError(f"{options.output} holds embeddings made with {key} = {there.get(key)!r}, now {value!r}")
 
 
 def _read_plan(output: Path) -> dict[str, Any]:
     try:
         plan = json.loads((output / PLAN_FILE).read_text(encoding="utf-8"))
-        plan["settings"]["root"], plan["parts"][0][0]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        plan["settings"]["root"], range(plan["parts"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{output / PLAN_FILE}: damaged ({error!r}); choose another folder") from error
     return plan
 
@@ -168,39 +193,46 @@ def _record(output: Path, number: int) -> Path:
     return output / f"_part-{number:06d}.json"
 
 
-def _embed_parts(prog: str, embedder: Embedder, numbers: Sequence[int], options: argparse.Namespace) -> None:
-    """Embed this process's parts."""
-    if not numbers:
-        return
-    plan = _read_plan(options.output)
-    root, failed = Path(plan["settings"]["root"]), []
-    for done, number in enumerate(numbers, start=1):
-        files = [AudioFile(root / name, name) for name in plan["parts"][number]]
-        begin = time.monotonic()
-        output = ParquetOutput(options.output / f"part-{number:06d}.parquet", options.timestamps)
-        try:
-            failures = embed_files(
-                embedder,
-                files,
-                output,
-                timestamps=options.timestamps,
-                batch_seconds=options.batch_seconds,
-                jobs=options.jobs,
+def _files_file(output: Path, number: int) -> Path:
+    return output / f"_part-{number:06d}.files.json"
+
+
+def _read_files(output: Path, number: int) -> list[str]:
+    return json.loads(_files_file(output, number).read_text(encoding="utf-8"))
+
+
+def _embed_part(embedder: Embedder, root: Path, number: int, options: argparse.Namespace) -> list[Failure]:
+    """Embed a part and write it; return the files that failed.
+
+    Raises:
+        RuntimeError: all files failed, and not for what is in them: this machine is not fit for it.
+    """
+    files = [AudioFile(root / name, name) for name in _read_files(options.output, number)]
+    path = options.output / f"part-{number:06d}.parquet"
+    output = ParquetOutput(path, options.timestamps)
+    try:
+        failures = embed_files(
+            embedder,
+            files,
+            output,
+            timestamps=options.timestamps,
+            batch_seconds=options.batch_seconds,
+            jobs=options.jobs,
+        )
+        if all(failure.machine for failure in failures) and len(failures) == len(files):
+            raise RuntimeError(
+                f"none of the {len(files)} files of part {number} could be embedded: {failures[0].reason}"
             )
-            if len(failures) < len(files):
-                output.close()
-            else:
-                output.abort()
-        except BaseException:
+        if len(failures) < len(files):
+            output.close()
+        else:
             output.abort()
-            raise
-        reasons = [failure.reason for failure in failures]
-        write_json(_record(options.output, number), {"files": len(files), "failures": reasons})
-        rate = len(files) / (time.monotonic() - begin)
-        say(prog, f"part {number} ({done} of {len(numbers)}): {len(files)} files, {rate:.1f} a second")
-        failed += reasons
-    for reason in failed:
-        say(prog, f"failed: {reason}")
+            path.unlink(missing_ok=True)  # of an earlier attempt
+    except BaseException:
+        output.abort()
+        raise
+    write_json(_record(options.output, number), {"files": len(files), "failures": [f.reason for f in failures]})
+    return failures
 
 
 if __name__ == "__main__":

@@ -181,33 +181,38 @@ class Embedder(nn.Module):
             return parts
         return [part.sum(1) / self.step_count(batch.shape[1]) for part, batch in zip(parts, batches)]
 
-    def embed_blocks(self, read: Callable[[], Iterable[Tensor]], per_step: bool = False) -> tuple[Tensor, int]:
+    def embed_blocks(
+        self, read: Callable[[], Iterable[Tensor]], per_step: bool = False, name: str = "audio"
+    ) -> tuple[Tensor, int]:
         """Embed one long clip that need not fit into memory, in exact framing.
 
         Args:
-            read: gives the clip from its beginning, in blocks (n,) of any length, each as `check_audio` takes it. It
-                is called twice where the clip's own statistics are to be found first.
-            per_step: return timestamp embeddings.
+            read: gives the clip from its beginning, in blocks (n,) of any length, also none. It is called twice where
+                the clip's own statistics are to be found first.
+            per_step: return timestamp embeddings; they are held in memory, 96 kB for a second.
+            name: what to call the clip in messages.
 
         Returns:
-            Scene embedding (1, E), or timestamp embeddings (1, T, E), float32 on the model's device: what
-            `embed_batches` gives for the whole clip, to rounding. And how many samples the clip has.
+            Scene embedding (1, E), or timestamp embeddings (1, T, E), float32 on the CPU: what `embed_batches` gives
+            for the whole clip, to rounding. And how many samples the clip has.
 
         Raises:
-            ValueError: no samples, or not exact framing.
+            TypeError, ValueError: as `check_audio`; no samples, or not exact framing.
         """
         self._check_weights()
         if self.framing != "exact":
             raise ValueError(f"only exact framing goes through a clip in blocks, got {self.framing!r}")
-        patches, samples, done = self.encoder.config.patches, 0, 0
+        patches, samples, peak, done = self.encoder.config.patches, 0, 0.0, 0
 
         def blocks() -> Iterator[Tensor]:
-            nonlocal samples
+            nonlocal samples, peak
             samples = 0
             for block in read():
                 samples += len(block)
                 if len(block):
-                    yield check_audio(block)[0].to(self.device)
+                    batch, block_peak = _checked(block, name)
+                    peak = max(peak, block_peak)
+                    yield batch[0].to(self.device)
 
         parts, total = [], torch.zeros(1, self.scene_embedding_size, dtype=torch.float64, device="cpu")
         with torch.no_grad():
@@ -220,14 +225,13 @@ class Embedder(nn.Module):
                 for _, embeddings in self._encode(chunks):  # in order: all but the clip's last chunk are of equal shape
                     embeddings = embeddings.flatten(0, 1)  # (T, E)
                     if per_step:
-                        parts.append(embeddings)
+                        parts.append(embeddings.cpu())
                     else:
                         total += embeddings.sum(0).cpu()
         if done == 0:
-            raise ValueError("there are no samples")
-        if per_step:
-            return torch.cat(parts)[None], samples
-        return (total / done).float().to(self.device), samples
+            raise ValueError(f"{name}: there are no samples")
+        _warn_of_peak(peak, name, stacklevel=3)
+        return (torch.cat(parts)[None] if per_step else (total / done).float()), samples
 
     def _chunks(self, audio: Tensor) -> list[Chunk]:
         """Frames of (B, samples) cut into chunks, clip by clip, equally many for each clip."""
@@ -314,6 +318,13 @@ def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
         TypeError: not a tensor, or samples that are not floating point.
         ValueError: not one or two dimensions, nothing in it, or samples that are not finite.
     """
+    batch, peak = _checked(audio, name)
+    _warn_of_peak(peak, name, stacklevel=4)
+    return batch
+
+
+def _checked(audio: Tensor, name: str) -> tuple[Tensor, float]:
+    """As `check_audio`, with the largest magnitude in place of a warning of it."""
     if not isinstance(audio, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor of shape (clips, samples), got {type(audio).__name__}; "
@@ -330,12 +341,15 @@ def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
     peak = max(-lowest, highest)
     if not (math.isfinite(lowest) and peak <= LARGEST_PEAK):  # aminmax hands a NaN on
         raise ValueError(f"{name} must hold finite samples in [-1, 1], got values from {lowest} to {highest}")
+    return batch, peak
+
+
+def _warn_of_peak(peak: float, name: str, stacklevel: int) -> None:
     if peak > PEAK_WORTH_A_WARNING:
         warnings.warn(
             f"{name} peaks at {peak:g}; samples are expected in [-1, 1]. 16-bit samples are divided by 32768.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
-    return batch
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

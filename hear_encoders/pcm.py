@@ -21,6 +21,13 @@ READ_BYTES = 1 << 16
 # Lengths that a WAV from a pipe has in its header, because its writer could not know: 0, and nearly 2 or 4 GiB.
 _UNKNOWN_LENGTH = 0x7FFF_F000
 
+# What a pipe of samples does not begin with, but for one in four billion.
+_OTHER_FORMATS = {
+    **{b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF", b".snd": "AU", b"caff": "CAF"},
+    **{b"RF64": "RF64", b"RIFX": "RIFX"},
+    **{b"ID3" + bytes([version]): "MP3" for version in (2, 3, 4)},
+}
+
 _WAVE_PCM, _WAVE_FLOAT, _WAVE_EXTENSIBLE = 1, 3, 0xFFFE
 
 
@@ -73,9 +80,11 @@ def read_pipe(pipe: BinaryIO, raw: PCM) -> Iterator[np.ndarray]:
         at the end. A frame that the end cuts off is left out.
 
     Raises:
-        ValueError: a WAV header that is damaged, or of samples other than PCM.
+        ValueError: a WAV header that is damaged, or of samples other than PCM; another format of files.
     """
     head = pipe.read(4)
+    if head in _OTHER_FORMATS:
+        raise ValueError(f"expected WAV or samples without a header, got {_OTHER_FORMATS[head]}: decode it before")
     if head == b"RIFF":
         pcm, remaining = _read_wav_header(pipe)
         rest = b""

@@ -94,6 +94,8 @@ def test_a_reader_that_goes_away_ends_it_quietly(weights, speech):
         (["--stream", "-", "--encoding", "mp3"], "invalid choice: 'mp3'"),
         (["--stream", "-", "--warm-up", "-1"], "at least 0, got '-1'"),
         (["a.wav"], "required: -o/--output"),
+        (["a.wav", "-o", "out", "--sample-rate", "8000"], "go with --stream"),
+        (["a.wav", "-o", "out", "--warm-up", "0"], "go with --stream"),
     ],
 )
 def test_contradictory_options_are_refused(arguments, message, capsys):

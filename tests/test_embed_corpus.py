@@ -16,7 +16,14 @@ import pyarrow.parquet as parquet
 import pytest
 import soundfile
 
-from hear_encoders import TransformerConfig, build_encoder, load_audio, load_checkpoint, save_checkpoint
+from hear_encoders import (
+    TransformerConfig,
+    build_encoder,
+    embed_corpus,
+    load_audio,
+    load_checkpoint,
+    save_checkpoint,
+)
 from hear_encoders.embed_corpus import main
 from hear_encoders.embedder import Embedder
 
@@ -83,14 +90,14 @@ def assert_complete(output: Path, recordings: Path, weights: Path) -> None:
 @pytest.mark.parametrize("restarts", [1, 0], ids=["torchrun restarts it", "the command is given again"])
 def test_a_killed_worker_loses_and_doubles_nothing(restarts, recordings, weights, tmp_path):
     output = tmp_path / "out"
-    arguments = [recordings, "-o", output, "--weights", weights, "--part-files", 2]
+    arguments = [recordings, "-o", output, "--weights", weights, "--part-files", 1]
     launcher = torchrun(*arguments, restarts=restarts)
     kill_a_worker_at_work(launcher, output)
     log, _ = launcher.communicate()
     assert (launcher.returncode == 0) == (restarts > 0), log
     if not restarts:
-        assert len(list(output.glob("_part-*.json"))) < FILES // 2
-        before = {path: path.stat().st_mtime_ns for path in output.glob("_part-*.json")}
+        assert len(list(output.glob("_part-??????.json"))) < FILES
+        before = {path: path.stat().st_mtime_ns for path in output.glob("_part-??????.json")}
         again = torchrun(*arguments)
         log, _ = again.communicate()
         assert again.returncode == 0, log
@@ -125,7 +132,42 @@ def test_a_part_without_a_readable_file_is_done_too(weights, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "junk.wav").write_bytes(b"no sound")
     assert run(tmp_path / "in", tmp_path / "out", "--weights", weights) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_part-000000.json", "_plan.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "_part-000000.files.json",
+        "_part-000000.json",
+        "_plan.json",
+    ]
+
+
+def test_parts_are_cut_by_size_too(recordings, weights, tmp_path):
+    assert run(recordings, tmp_path / "out", "--weights", weights, "--part-mb", 0.2) == 0
+    sizes = [
+        sum((recordings / name).stat().st_size for name in json.loads(path.read_text()))
+        for path in (tmp_path / "out").glob("_part-*.files.json")
+    ]
+    assert len(sizes) > 5 and max(sizes) <= 2e5
+    assert_complete(tmp_path / "out", recordings, weights)
+
+
+def test_a_machine_that_can_embed_nothing_does_not_call_it_done(recordings, weights, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "embed_batches", broken)
+        with pytest.raises(RuntimeError, match=r"none of the 40 files of part 0 .* unspecified launch failure"):
+            run(recordings, tmp_path / "out", "--weights", weights)
+    assert not list((tmp_path / "out").glob("*part-000000.parquet"))
+    assert run(recordings, tmp_path / "out", "--weights", weights) == 0
+    assert_complete(tmp_path / "out", recordings, weights)
+
+
+def test_another_process_must_embed_with_the_same_settings(recordings, weights, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    assert run(recordings / "0", output, "--weights", weights) == 0
+    monkeypatch.setattr(embed_corpus, "_agree_on_parts", lambda *_: [])  # as in a process that does not make the plan
+    assert run(recordings / "0", output, "--weights", weights, "--precision", "bfloat16") == 2
+    assert "made with precision = 'float32', now 'bfloat16'" in capsys.readouterr().err
 
 
 def test_what_cannot_be_done_is_said_before_anything_is(recordings, weights, tmp_path, capsys):

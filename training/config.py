@@ -45,8 +45,8 @@ class RunConfig:
         epochs, warmup_epochs: length of training and of its linear warm-up, in passes over the records.
         max_steps, warmup_steps: the same in optimiser steps; where given, they come before epochs.
         cooldown_steps: None has the rate fall along a cosine over the whole run, as published. A number keeps it at
-            its peak and has it fall linearly to 0 over so many last steps: such a run can be made longer until then,
-            with another max_steps. It goes with max_steps and warmup_steps.
+            its peak and has it fall linearly to 0 over so many last steps: until then such a run can be made longer or
+            shorter, with another max_steps. It goes with max_steps and warmup_steps.
         optimizer: "adamw", as published, or "muon": Muon for the blocks' matrices, AdamW for the rest.
         weight_decay: none on biases, norms and other parameters of one dimension.
         beta1, beta2: of AdamW.

@@ -75,12 +75,7 @@ def join_processes(device: str | None) -> Place:
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     if processes > 1:
-        # Torchrun's store outlives the processes: without a prefix of its own a process that was restarted finds in it
-        # the addresses of those before it, and cannot connect.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-        backend = "nccl" if place.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+        dist.init_process_group("nccl" if place.device.type == "cuda" else "gloo")
     return place
 
 
@@ -307,12 +302,15 @@ def settle_config(config: RunConfig, run: Path, write: bool) -> None:
             before, now = getattr(begun, field.name), getattr(config, field.name)
             if before == now or field.name in _FREE_SETTINGS:
                 continue
-            if field.name == "max_steps" and config.cooldown_steps is not None:
+            if field.name == "max_steps" and None not in (begun.cooldown_steps, config.cooldown_steps):
                 made = max(checkpoints.steps_saved(run), default=0)
                 cools = min(before, now) - config.cooldown_steps
                 if made <= cools:
                     continue
-                raise ValueError(f"{run} has made {made} steps, past step {cools} from which max_steps is settled")
+                raise ValueError(
+                    f"{run} has made {made} steps and cools down from step {cools}: max_steps can be changed before "
+                    f"that, but no more from {before} to {now}"
+                )
             raise ValueError(f"{run} was begun with {field.name} = {before!r}, now {now!r}; choose another --out")
         if write and config.max_steps != begun.max_steps:
             write_json(run / CONFIG_FILE, dataclasses.asdict(dataclasses.replace(begun, max_steps=config.max_steps)))

@@ -340,15 +340,13 @@ def test_a_run_refuses_to_go_on_with_another_configuration(shards, tmp_path, cap
 
 def test_until_it_cools_down_a_run_can_be_made_longer(shards, tmp_path, capsys):
     straight = train("mae", shards, tmp_path / "straight", "cooldown_steps=4")
-    begun = train("mae", shards, tmp_path / "longer", "cooldown_steps=4", "max_steps=8", "max_hours=0")
+    train("mae", shards, tmp_path / "longer", "cooldown_steps=4", "max_steps=8", "max_hours=0")
     assert checkpoints.steps_saved(tmp_path / "longer") == [1]
     longer = train("mae", shards, tmp_path / "longer", "cooldown_steps=4")
     assert_same_bits(longer, straight)
-    with pytest.raises(AssertionError):
-        assert_same_bits(begun, straight)
     arguments = command("mae", shards, tmp_path / "longer", "cooldown_steps=4", "max_steps=20")[2:]
     assert pretrain.main(arguments) == 2
-    assert "has made 12 steps, past step 8 from which max_steps is settled" in capsys.readouterr().err
+    assert "has made 12 steps and cools down from step 8" in capsys.readouterr().err
     assert pretrain.read_run_config(tmp_path / "longer").max_steps == 12
 
 

@@ -1,8 +1,9 @@
 """A HEAR module of openSMILE's ComParE_2016 functionals: the 6373 numbers that many embed a clip with today.
 
     .heareval/bin/pip install opensmile==2.6.0
-    .heareval/bin/python -m training.evaluation.compare corpus/recordings/held_out -o compare.npz
-    python -m training.evaluation run --module training.evaluation.compare --weights compare.npz --tasks SCENE_TASKS ...
+    .heareval/bin/python -m training.evaluation.functionals corpus/recordings/held_out -o functionals.npz
+    python -m training.evaluation run --module training.evaluation.functionals --weights functionals.npz \
+        --tasks SCENE_TASK ...
 
 It is not part of `baselines`, nor of any list of requirements, because openSMILE is licensed for research only. Its
 functionals differ in size by ten orders of magnitude, and heareval's classifiers take embeddings as they are: so they
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from hear_encoders.atomic import atomic_write
 from hear_encoders.audio import load_audio
-from hear_encoders.cli import BAD_USAGE
+from hear_encoders.cli import BAD_USAGE, positive
 from hear_encoders.corpus import find_audio
 from hear_encoders.embedder import check_audio
 from hear_encoders.frontend import SAMPLE_RATE
@@ -52,15 +53,16 @@ class Functionals(nn.Module):
         self.register_buffer("std", std)
 
     def raw(self, clip: np.ndarray) -> np.ndarray:
-        """Functionals of (samples,) float32, as openSMILE gives them; of what it cannot tell, 0."""
+        """Functionals of (samples,) float32 as openSMILE gives them; NaN where it cannot tell."""
         values = self.smile.process_signal(clip, self.sample_rate).to_numpy()[0]  # (6373,)
-        return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+        return np.where(np.isfinite(values), values, np.nan)
 
     def scene_embeddings(self, audio: Tensor) -> Tensor:
         """(B, samples) -> (B, 6373) on the audio's device."""
         audio = check_audio(audio)
         values = torch.from_numpy(np.stack([self.raw(clip) for clip in audio.cpu().numpy()])).to(self.mean.device)
-        return ((values - self.mean) / self.std).clamp(-LARGEST, LARGEST).float().to(audio.device)
+        standardised = ((values - self.mean) / self.std).clamp(-LARGEST, LARGEST)
+        return standardised.nan_to_num(nan=0.0).float().to(audio.device)  # of what it cannot tell, the mean
 
 
 def load_model(model_file_path: str = "") -> Functionals:
@@ -74,7 +76,9 @@ def load_model(model_file_path: str = "") -> Functionals:
         ModuleNotFoundError: opensmile is not installed.
     """
     if not model_file_path:
-        raise ValueError("give it the .npz that `python -m training.evaluation.compare RECORDINGS -o OUT.npz` writes")
+        raise ValueError(
+            "give it the .npz that `python -m training.evaluation.functionals RECORDINGS -o OUT.npz` writes"
+        )
     with np.load(model_file_path) as file:
         return Functionals(torch.from_numpy(file["mean"]), torch.from_numpy(file["std"])).eval()
 
@@ -92,11 +96,14 @@ def get_timestamp_embeddings(audio: Tensor, model: Functionals) -> tuple[Tensor,
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: measure mean and standard deviation. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        "python -m training.evaluation.compare", description="Measure what ComParE functionals are standardised with."
+        "python -m training.evaluation.functionals",
+        description="Measure what ComParE functionals are standardised with.",
     )
     parser.add_argument("recordings", nargs="+", help="files or folders of audio")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT.npz")
-    parser.add_argument("--clips", type=int, default=1000, metavar="N", help="of 2 s, at random; default: %(default)s")
+    parser.add_argument(
+        "--clips", type=positive(int), default=1000, metavar="N", help="of 2 s, at random; default: %(default)s"
+    )
     options = parser.parse_args(arguments)
     try:
         _, files = find_audio(options.recordings)
@@ -107,14 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     random, values = np.random.default_rng(0), []
     samples = round(CLIP_SECONDS * SAMPLE_RATE)
     for number in tqdm(random.integers(len(files), size=options.clips), unit="clip", disable=None):
-        audio = load_audio(files[number].path).numpy()
-        begin = int(random.integers(max(1, len(audio) - samples)))
+        try:
+            audio = load_audio(files[number].path).numpy()
+        except ValueError as error:
+            tqdm.write(f"{parser.prog}: left out: {error}", file=sys.stderr)
+            continue
+        begin = int(random.integers(max(1, len(audio) - samples + 1)))
         values.append(model.raw(audio[begin : begin + samples]).astype(np.float64))
-    mean, std = np.mean(values, axis=0), np.std(values, axis=0)
+    known = [[value for value in column if np.isfinite(value)] or [0.0] for column in np.transpose(values)]
+    mean, std = (np.array([measure(column) for column in known]) for measure in (np.mean, np.std))
     std[std == 0] = 1
     with atomic_write(options.output) as file:
         np.savez(file, mean=mean, std=std)
-    print(f"{options.output}: from {options.clips} clips of {len(files)} recordings")
+    print(f"{options.output}: from {len(values)} clips of {len(files)} recordings")
     return 0
 
 
