@@ -16,7 +16,6 @@ __all__ = ["get_scene_embeddings", "get_timestamp_embeddings", "load_model"]
 MODULE = HearModule(
     name=__name__,
     families=("audiomaepp", "mae"),
-    default_preset="audiomaepp_tiny",
     bundled=Path(__file__).parent / "weights",
 )
 

@@ -22,7 +22,6 @@ __all__ = ["get_scene_embeddings", "get_timestamp_embeddings", "load_model", "st
 MODULE = HearModule(
     name=__name__,
     families=("axlstm", "ssast"),
-    default_preset="axlstm_tiny",
     bundled=Path(__file__).parent / "weights",
 )
 

@@ -8,19 +8,14 @@ take and in the weights they bring.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from hear_encoders.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, resolve
-from hear_encoders.config import preset
+from hear_encoders.checkpoint import WEIGHTS_FILE, load_checkpoint, resolve
 from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Precision
-from hear_encoders.encoders import build_encoder
-
-UNTRAINED_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -30,13 +25,11 @@ class HearModule:
     Attributes:
         name: the import package.
         families: the encoder families it takes; the first is its own, the others are its paper's baselines.
-        default_preset: what it builds where no weights are given and none are bundled.
-        bundled: the directory its bundled weights would lie in.
+        bundled: the directory of the weights that come with it.
     """
 
     name: str
     families: tuple[str, ...]
-    default_preset: str
     bundled: Path
 
     def load_model(
@@ -74,15 +67,8 @@ class HearModule:
             source = resolve(model_file_path, revision)
         elif revision is not None:
             raise ValueError(f"revision {revision!r} was given without a Hub repository to take it from")
-        elif (self.bundled / CONFIG_FILE).exists():
-            source = self.bundled / WEIGHTS_FILE
         else:
-            warnings.warn(
-                f"{self.name} has no bundled weights yet: this {self.default_preset} is untrained, built from seed "
-                f"{UNTRAINED_SEED}. Give it weights: a directory, a .safetensors file or a Hub repository.",
-                stacklevel=2,
-            )
-            return Embedder(build_encoder(preset(self.default_preset), seed=UNTRAINED_SEED), **options).eval()
+            source = self.bundled / WEIGHTS_FILE
         encoder = load_checkpoint(source)
         if encoder.config.family not in self.families:
             raise ValueError(f"{source}: holds a model of family {encoder.config.family!r}, {self._takes()}")

@@ -15,10 +15,11 @@ import pytest
 import torch
 from conftest import SMALL_CONFIGS
 from hub_server import HubServer
+from safetensors.torch import load_file
 
 import hear_audiomaepp
 import hear_axlstm
-from hear_encoders import build_encoder, save_checkpoint
+from hear_encoders import build_encoder, preset, save_checkpoint
 
 MODULES = {"hear_audiomaepp": hear_audiomaepp, "hear_axlstm": hear_axlstm}
 FAMILIES = {"hear_audiomaepp": ["audiomaepp", "mae"], "hear_axlstm": ["axlstm", "ssast"]}
@@ -49,15 +50,22 @@ def test_hear_validator_passes_unpatched(module, tmp_path):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_without_bundled_weights_the_tiny_encoder_is_built_from_a_fixed_seed_with_a_warning(module, noise):
-    with pytest.warns(UserWarning, match=f"{module} has no bundled weights yet: this .*_tiny is untrained"):
-        one = MODULES[module].load_model()
-    with pytest.warns(UserWarning):
-        two = MODULES[module].load_model("")
-    assert one.encoder.config.dim == 192 and one.encoder.config.family == FAMILIES[module][0]
+def test_without_a_path_the_bundled_tiny_encoder_is_loaded_without_a_word(module, noise):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one, two = MODULES[module].load_model(), MODULES[module].load_model("")
+    assert one.encoder.config == preset({"hear_audiomaepp": "audiomaepp_tiny", "hear_axlstm": "axlstm_tiny"}[module])
     audio = noise(1, 16000)
-    embeddings = [MODULES[module].get_scene_embeddings(audio, model) for model in (one, two)]
-    assert torch.equal(*embeddings)
+    assert torch.equal(*(MODULES[module].get_scene_embeddings(audio, model) for model in (one, two)))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_bundled_weights_are_float16_and_leave_the_wheel_under_60_mb(module):
+    folder = Path(MODULES[module].__file__).parent / "weights"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 30e6  # two such folders, and next to nothing else
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -165,7 +165,7 @@ USE = """
 import json, sys, warnings
 import numpy, torch
 
-warnings.simplefilter("error", UserWarning)  # of untrained weights
+warnings.simplefilter("error")
 import hear_audiomaepp, hear_axlstm, hear_encoders
 
 audio = torch.from_numpy(numpy.load(sys.argv[1]))[None]
