@@ -21,6 +21,12 @@ from hear_encoders import AxLSTMConfig, Embedder, TransformerConfig, build_encod
 # the mLSTM cell alone take 5 s on one thread, and minutes on two of two busy cores.
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first: at the end one process would be at them while the others have nothing left to do."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

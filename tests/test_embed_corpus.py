@@ -87,6 +87,7 @@ def assert_complete(output: Path, recordings: Path, weights: Path) -> None:
         np.testing.assert_allclose(got[path], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", [1, 0], ids=["torchrun restarts it", "the command is given again"])
 def test_a_killed_worker_loses_and_doubles_nothing(restarts, recordings, weights, tmp_path):
     output = tmp_path / "out"
