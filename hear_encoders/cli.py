@@ -51,7 +51,6 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
         epilog=_EMBED_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder (recursive) or glob pattern")
     parser.add_argument("-o", "--output", type=output_path, metavar="OUT", help=".npz, .parquet or a folder")
     parser.add_argument(
         "--model", choices=MODELS, help=f"default: {MODELS[0]}, and with --stream {STREAMING_MODEL}, which can"
@@ -97,7 +96,8 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that embeds files takes, besides --model: which weights, and how."""
+    """What every command that embeds files takes, besides --output and --model: of what, which weights, and how."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder (recursive) or glob pattern")
     parser.add_argument("--weights", default="", help="directory, .safetensors or Hub org/name; default: bundled")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--timestamps", action="store_true", help="one embedding per time step instead of per file")

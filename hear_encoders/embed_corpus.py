@@ -71,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder (recursive) or glob pattern")
     parser.add_argument("-o", "--output", required=True, type=output_path, metavar="OUT", help="folder")
     parser.add_argument(
         "--part-files", type=positive(int), default=1000, metavar="N", help="files in a part; default: %(default)s"
@@ -96,10 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(parser.prog, f"error: {error}")
             return BAD_USAGE
         failures = []
-        for done, number in enumerate(todo[rank::processes], start=1):
+        mine = todo[rank::processes]
+        for done, number in enumerate(mine, start=1):
             if not _record(options.output, number).exists():  # as it may after a restart
                 failures += _embed_part(embedder, root, number, options)
-                say(parser.prog, f"part {number} done, {done} of {len(todo[rank::processes])}")
+                say(parser.prog, f"part {number} done, {done} of {len(mine)}")
         for failure in failures:
             say(parser.prog, f"failed: {failure.reason}")
         # Torchrun takes the whole launch down some minutes after the first machine has ended.

@@ -27,6 +27,9 @@ STD_OFFSET = 1e-8
 # Reflecting WINDOW // 2 samples at each edge takes one sample more than that.
 SHORTEST_CLIP = WINDOW // 2 + 1
 
+# So many frames of audio before a frame make its window whole.
+FRAMES_BEFORE = math.ceil(WINDOW / 2 / HOP)
+
 # Frames per STFT call. Bounds the complex spectrum's memory (1.6 kB a frame) however long the clip is.
 FRAMES_PER_SLICE = 12_000
 
@@ -89,7 +92,6 @@ def logmel_of_blocks(log_mel: LogMel, blocks: Iterable[Tensor]) -> Iterator[Tens
     Yields:
         (F, 80) float32 each.
     """
-    before = math.ceil(WINDOW / 2 / HOP)  # frames that are kept, so that the window of the next one is whole
     audio, first = None, 0  # what is kept of the clip, and which frame is centred on its first sample
     done = 0  # frames
     for block in blocks:
@@ -99,7 +101,7 @@ def logmel_of_blocks(log_mel: LogMel, blocks: Iterable[Tensor]) -> Iterator[Tens
         if whole > done:
             # At its ends that piece is reflected, and only there frames come out wrong: they are not taken.
             yield log_mel(audio[None])[0, done - first : whole - first]
-            done, drop = whole, max(0, whole - before - first)
+            done, drop = whole, max(0, whole - FRAMES_BEFORE - first)
             audio, first = audio[HOP * drop :].clone(), first + drop
     if audio is not None:
         yield log_mel(audio[None])[0, done - first :]

@@ -30,16 +30,24 @@ from hear_encoders.axlstm import (
     merged_blocks,
 )
 from hear_encoders.embedder import Embedder, check_audio, check_statistics
-from hear_encoders.frontend import BANDS, HOP, LOG_OFFSET, SAMPLE_RATE, SHORTEST_CLIP, WINDOW, LogMel, normalize
+from hear_encoders.frontend import (
+    BANDS,
+    FRAMES_BEFORE,
+    HOP,
+    LOG_OFFSET,
+    SAMPLE_RATE,
+    SHORTEST_CLIP,
+    WINDOW,
+    LogMel,
+    normalize,
+)
 from hear_encoders.mlstm import LOG_WEIGHT_FLOOR, NORMALIZER_EPS
 from hear_encoders.patches import patchify
 
 DEFAULT_WARM_UP_S = 2.0
 
-# Samples past a step's end that the window of its last frame reaches; so many frames before a step are kept that the
-# window of its first frame is whole.
+# Samples past a step's end that the window of its last frame reaches.
 LOOKAHEAD = WINDOW // 2 - HOP
-FRAMES_BEFORE = math.ceil(WINDOW / 2 / HOP)
 
 # Steps that go through the encoder together where more than one is there: enough for the matmuls, and so few that the
 # gates' running sums over them keep their digits in float32.

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from hear_encoders.atomic import atomic_write
 from hear_encoders.audio import duration_s, load_audio
-from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED
+from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED, say
 from hear_encoders.corpus import AudioFile, find_audio
 from hear_encoders.embedder import check_audio
 from hear_encoders.frontend import SAMPLE_RATE, LogMel
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _sigterm_interrupts():
             return _prepare(parser.prog, options)
     except KeyboardInterrupt:
-        _say(parser.prog, "interrupted; run the same command again to go on")
+        say(parser.prog, "interrupted; run the same command again to go on")
         return INTERRUPTED
 
 
@@ -124,7 +124,7 @@ def _prepare(prog: str, options: argparse.Namespace) -> int:
             stack.enter_context(locked(out_dir))
             plan = _open_plan(out_dir, _settings(options), root, recordings, options.jobs)
         except (OSError, ValueError) as error:
-            _say(prog, f"error: {error}")
+            say(prog, f"error: {error}")
             return BAD_USAGE
         todo = [number for number in range(len(plan.shards)) if not _is_done(out_dir, number)]
         try:
@@ -134,14 +134,14 @@ def _prepare(prog: str, options: argparse.Namespace) -> int:
                 _make_shards(prog, root, out_dir, plan, todo, options.jobs)
             index, failed = _write_index(out_dir, len(plan.shards))
         except (OSError, MemoryError, BrokenProcessPool) as error:
-            _say(prog, f"error: {str(error) or type(error).__name__}; what is done is kept")
+            say(prog, f"error: {str(error) or type(error).__name__}; what is done is kept")
             return FAILED
     print(
         f"{out_dir}: {index['records']} records, {index['hours']:.2f} hours, {len(plan.shards)} shards"
         f" ({len(plan.shards) - len(todo)} there before)"
     )
     for failure in failed:
-        _say(prog, f"failed: {failure['reason']}")
+        say(prog, f"failed: {failure['reason']}")
     return FAILED if failed else 0
 
 
@@ -340,7 +340,7 @@ def _make_shards(prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[in
         with tqdm(total=len(plan.shards), initial=len(plan.shards) - len(todo), unit="shard", disable=None) as bar:
             for future in as_completed(futures):
                 for warning in future.result():
-                    _say(prog, f"warning: {warning}")
+                    say(prog, f"warning: {warning}")
                 bar.update()
     finally:
         stop.set()  # the workers then stop at their next recording
@@ -523,10 +523,6 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _say(prog: str, message: str) -> None:
-    tqdm.write(f"{prog}: {message}", file=sys.stderr)  # above a progress bar, if there is one
 
 
 if __name__ == "__main__":
