@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hear_encoders import reference
+from hear_encoders.allocator import keep_freed_memory
 from hear_encoders.encoders import Encoder
 from hear_encoders.frontend import (
     BANDS,
@@ -97,6 +98,7 @@ class Embedder(nn.Module):
         self.scene_embedding_size = self.timestamp_embedding_size = patches.rows * encoder.config.dim
         self.step_ms = HOP_MS * patches.patch_frames
         self.first_step_ms = HOP_MS * (patches.patch_frames - 1) / 2  # centre of the first column's frames
+        keep_freed_memory()
 
     @property
     def device(self) -> torch.device:

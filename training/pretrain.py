@@ -33,6 +33,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hear_encoders.allocator import keep_freed_memory
 from hear_encoders.atomic import write_json
 from hear_encoders.cli import BAD_USAGE
 from training import checkpoints
@@ -97,6 +98,7 @@ class Trainer:
         place: Place,
         held_out: ShardIndex | None = None,
     ) -> None:
+        keep_freed_memory()
         self.config, self.run, self.place = config, run, place
         self.crops = run_crops(index, config)
         self.total_steps, self.warmup_steps = config.steps(len(index)), config.warmup(len(index))
