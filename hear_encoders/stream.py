@@ -4,11 +4,9 @@ A stream gives the numbers of `Embedder.timestamp_embeddings` in exact framing, 
 2 s the encoder begins anew, with its cls token, an empty memory and the first position. Inside a chunk an mLSTM
 without flip looks back only, and all it has to carry is a state of constant size.
 
-A step is small: five tokens in twelve blocks, where weights and memories are read once and little is computed. What
-counts is the number of operations and of bytes. So the blocks are written here a second time, with their weights
-folded once per stream and their state updated in place; `hear_encoders.axlstm` holds the plain form, and the tests
-hold this one against it. Letters in shape comments: B streams, T time steps, S tokens (T times the rows of patches,
-one more where a chunk begins), D channels of a token, H heads, K channels of a head, I = H * K.
+Here is what surrounds the encoder: samples, log-mel, normalisation, time. `hear_encoders.axlstm_steps` holds the
+encoder in the form that goes on from where it was. Letters in shape comments: B streams, T time steps, E embedding
+size.
 """
 
 from __future__ import annotations
@@ -17,18 +15,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hear_encoders.axlstm import (
-    BLOCK_NORM_EPS,
-    FINAL_NORM_EPS,
-    HEAD_NORM_EPS,
-    AxLSTMEncoder,
-    BlockDiagonal,
-    MLSTMBlock,
-    merged_blocks,
-)
+from hear_encoders.axlstm_steps import StepEncoder
 from hear_encoders.embedder import Embedder, check_audio, check_statistics
 from hear_encoders.frontend import (
     BANDS,
@@ -41,8 +30,6 @@ from hear_encoders.frontend import (
     LogMel,
     normalize,
 )
-from hear_encoders.mlstm import LOG_WEIGHT_FLOOR, NORMALIZER_EPS
-from hear_encoders.patches import patchify
 
 DEFAULT_WARM_UP_S = 2.0
 
@@ -54,7 +41,6 @@ LOOKAHEAD = WINDOW // 2 - HOP
 STEPS_TOGETHER = 5
 
 SILENCE = math.log(LOG_OFFSET)  # log-mel of silence. Sums are taken about it, so that silence has no variance at all
-SMALLEST_WEIGHT = math.exp(LOG_WEIGHT_FLOOR[torch.float32])  # of a token, relative to the largest
 
 
 class AxLSTMStream:
@@ -120,7 +106,7 @@ class AxLSTMStream:
         self._device = device = model.device
         self._log_mel = LogMel().to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # whatever the caller has switched on
-            self._encoder = _FoldedEncoder(model.encoder, streams)
+            self._encoder = StepEncoder(model.encoder, streams)
         self._received = 0
         # Of the samples only those are kept that frames to come need.
         kept = HOP * FRAMES_BEFORE + max(self._step_samples + LOOKAHEAD, SHORTEST_CLIP) - 1
@@ -305,163 +291,6 @@ class AxLSTMStream:
         std = ((squares - total * mean) / (count - 1)).clamp(min=0).sqrt()
         of_frames = (value.float().repeat_interleave(patch_frames, dim=1)[..., None] for value in (mean + SILENCE, std))
         return normalize(frames, *of_frames), first
-
-
-class _FoldedEncoder:
-    """An AxLSTM encoder that goes on from where it was, a few columns of patches at a time.
-
-    Attributes:
-        state: what it remembers, updated in place: "conv" (blocks, B, kernel - 1, H, K) inputs of the convolutions,
-            "memory" (blocks, H, B, K, K + 1) the cell's C with its n as last column, "stabilizer" (blocks, H, B).
-    """
-
-    def __init__(self, encoder: AxLSTMEncoder, streams: int) -> None:
-        config, device = encoder.config, encoder.cls_token.device
-        self.patches = config.patches
-        self.patch_weight = encoder.patch_projection.weight.detach().clone()
-        self.patch_bias = encoder.patch_projection.bias.detach().clone()
-        self.position_table = encoder.position_table.clone()
-        self.cls_token = encoder.cls_token.detach().clone()
-        self.norm_weight, self.norm_bias = encoder.norm.weight.detach().clone(), encoder.norm.bias.detach().clone()
-        self.blocks = [_FoldedBlock(block) for block in encoder.blocks]
-        depth, heads, head_dim = config.depth, config.heads, config.inner_dim // config.heads
-        self.conv = torch.zeros(
-            depth, streams, config.conv_kernel - 1, heads, head_dim, dtype=torch.float32, device=device
-        )
-        self.memory = torch.zeros(depth, heads, streams, head_dim, head_dim + 1, dtype=torch.float32, device=device)
-        self.stabilizer = torch.zeros(depth, heads, streams, dtype=torch.float32, device=device)
-        self.state_of_block = [
-            (conv, memory.flatten(0, 1), stabilizer.view(-1, 1))
-            for conv, memory, stabilizer in zip(self.conv, self.memory, self.stabilizer)
-        ]
-        self.state = {"conv": self.conv, "memory": self.memory, "stabilizer": self.stabilizer}
-
-    def reset(self) -> None:
-        """Begin a chunk."""
-        self.conv.zero_()
-        self.memory.zero_()
-        self.stabilizer.fill_(-torch.inf)
-
-    def __call__(self, logmel: Tensor, position: int) -> Tensor:
-        """Encode columns of one chunk: (B, T * frames of a patch, bands) normalised -> (B, T, rows * D).
-
-        Args:
-            position: the first column's place in the chunk; at 0 everything begins anew.
-        """
-        rows = self.patches.rows
-        tokens = F.linear(patchify(logmel, self.patches), self.patch_weight, self.patch_bias)
-        tokens += self.position_table[rows * position : rows * position + tokens.shape[1]]
-        if position == 0:
-            self.reset()
-            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], 1, -1), tokens], dim=1)
-        batch, length, dim = tokens.shape
-        x = tokens.flatten(0, 1)  # (B S, D)
-        for block, state in zip(self.blocks, self.state_of_block):
-            x = block(x, batch, *state)
-        x = x.view(batch, length, dim)[:, 1 if position == 0 else 0 :]
-        x = F.layer_norm(x, (dim,), self.norm_weight, self.norm_bias, FINAL_NORM_EPS)
-        return x.unflatten(1, (-1, rows)).flatten(2)
-
-
-class _FoldedBlock:
-    """`MLSTMBlock` with its weights in the form in which a few tokens need the fewest operations.
-
-    The expanding matrix is cut into one matrix for each head of either half, so that heads and halves come out apart.
-    What of the gates depends on v is taken from the block's input at once.
-    """
-
-    def __init__(self, block: MLSTMBlock) -> None:
-        inner, dim = block.down.in_features, block.down.out_features
-        self.heads, self.inner, self.dim, self.head_dim = block.heads, inner, dim, inner // block.heads
-        self.sigmoid_gate = block.input_gate == "sigmoid"
-        self.norm = block.norm.weight.detach().clone()
-        up = block.up.weight.detach()
-        self.up = up.unflatten(0, (2 * self.heads, self.head_dim)).transpose(1, 2).contiguous()  # (2 H, D, K)
-        taps = block.conv.weight.detach().T.flip(0).unflatten(1, (self.heads, self.head_dim))
-        self.taps = list(taps.contiguous())  # (H, K) each, latest first
-        self.conv_bias = block.conv.bias.detach().clone().view(self.heads, self.head_dim)
-        of_q, of_k, of_v = torch.cat([block.gate_i.weight, block.gate_f.weight]).detach().chunk(3, dim=1)
-        self.gates_of_convolved = (block.q.fold(of_q) + block.k.fold(of_k)).detach().T.contiguous()  # (I, 2 H)
-        self.gates_of_input = (block.v.fold(of_v).detach() @ up[:inner]).T.contiguous()  # (D, 2 H)
-        self.gates_bias = torch.cat([block.gate_i.bias, block.gate_f.bias]).detach()
-        blocks, size, _ = block.q.weight.shape
-        self.size = inner if blocks % block.heads else size * merged_blocks(blocks, block.heads, size)
-        self.qk = torch.cat([_groups(block.q, self.size), _groups(block.k, self.size) * self.head_dim**-0.5], dim=2)
-        self.v = _groups(block.v, self.size)
-        self.head_norm = block.head_norm.weight.detach().clone().view(self.heads, self.head_dim)
-        self.skip = block.skip.detach().clone()
-        self.down = block.down.weight.detach().T.contiguous()  # (I, D)
-
-    def __call__(self, x: Tensor, batch: int, conv: Tensor, memory: Tensor, stabilizer: Tensor) -> Tensor:
-        """(B S, D) -> (B S, D); the state, see `_FoldedEncoder`, with H and B in one dimension, goes on in place."""
-        heads, head_dim, inner = self.heads, self.head_dim, self.inner
-        rows = x.shape[0]
-        length = rows // batch
-        normed = F.layer_norm(x, (self.dim,), self.norm, None, BLOCK_NORM_EPS)
-        up = torch.bmm(normed.expand(2 * heads, rows, self.dim), self.up)  # (2 H, B S, K)
-        x_half, z_half = up.view(2, heads, batch, length, head_dim).unbind()
-        z = F.silu(z_half, inplace=True).view(heads, rows, head_dim).transpose(0, 1)  # (B S, H, K)
-
-        past = conv.shape[1]
-        seen = torch.cat([conv, x_half.permute(1, 2, 0, 3)], dim=1)  # (B, kernel - 1 + S, H, K)
-        expanded = seen[:, past:]
-        convolved = torch.addcmul(self.conv_bias, expanded, self.taps[0])
-        for ago in range(1, past + 1):
-            convolved.addcmul_(seen[:, past - ago : past - ago + length], self.taps[ago])
-        conv.copy_(seen[:, length:])
-        convolved = F.silu(convolved, inplace=True).view(rows, inner)
-
-        gates = torch.addmm(self.gates_bias, normed, self.gates_of_input).addmm_(convolved, self.gates_of_convolved)
-        gates = gates.T.unflatten(1, (batch, length)).reshape(2, heads * batch, length)
-        q, k = self._to_heads(convolved, self.qk, 2, batch)  # (H B, S, K)
-        v = convolved.new_ones(heads * batch, length, head_dim + 1)  # the last column sums up the normaliser
-        v[..., :head_dim] = self._to_heads(expanded.reshape(rows, inner), self.v, 1, batch)[0]
-        h = self._cell(q, k, v, gates, memory, stabilizer)  # (H B, S, K)
-
-        h = F.layer_norm(h, (head_dim,), eps=HEAD_NORM_EPS).view(heads, rows, head_dim).transpose(0, 1)
-        y = (convolved * self.skip).view(rows, heads, head_dim).addcmul_(h, self.head_norm).mul_(z)
-        return torch.addmm(x, y.view(rows, inner), self.down)
-
-    def _to_heads(self, x: Tensor, weight: Tensor, maps: int, batch: int) -> Tensor:
-        """Several block-diagonal maps at once: (B S, I) -> (maps, H B, S, K)."""
-        rows, size = x.shape[0], self.size
-        y = torch.bmm(x.view(rows, -1, size).transpose(0, 1), weight)  # (groups, B S, maps * size)
-        if size <= self.head_dim:
-            y = y.view(self.heads, -1, rows, maps, size).permute(
-                3, 0, 2, 1, 4
-            )  # (maps, H, B S, groups of a head, size)
-        else:  # a single group
-            y = y.view(rows, maps, self.heads, self.head_dim).permute(1, 2, 0, 3)
-        return y.reshape(maps, self.heads * batch, rows // batch, self.head_dim)
-
-    def _cell(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, memory: Tensor, stabilizer: Tensor) -> Tensor:
-        """The mLSTM cell in its chunkwise form, see `hear_encoders.mlstm`: the memory is one more token, the first."""
-        length = q.shape[1]
-        log_i = F.logsigmoid(gates[0]) if self.sigmoid_gate else gates[0]
-        forgotten = F.logsigmoid(gates[1]).cumsum(1)  # (H B, S)
-        g = torch.cat([stabilizer, log_i - forgotten], dim=1)  # (H B, 1 + S)
-        largest = torch.cummax(g, dim=1).values[:, 1:]
-        weights = (g[:, None] - largest[:, :, None]).exp_().tril_(1)  # (H B, S, 1 + S); tril_ takes the future
-        weights = F.threshold_(weights, SMALLEST_WEIGHT, 0.0)
-        m = forgotten.add_(largest)
-        of_memory, of_tokens = weights[:, :, :1], weights[:, :, 1:]
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(of_tokens)
-        h = torch.bmm(scores, v).baddbmm_(q * of_memory, memory)  # (H B, S, K + 1)
-        bound = m.neg().exp_()  # may be infinite: then nothing is read out
-        normalizer = torch.maximum(h[..., -1].abs(), bound).add_(NORMALIZER_EPS)
-        h = h[..., :-1] / normalizer[..., None]
-        write = k.mul_(of_tokens[:, -1, :, None])
-        memory.mul_(of_memory[:, -1:]).baddbmm_(write.transpose(1, 2), v)
-        stabilizer.copy_(m[:, length - 1 :])
-        return h
-
-
-def _groups(projection: BlockDiagonal, size: int) -> Tensor:
-    """The map's matrix as matrices of this size on the diagonal, for inputs from the left: (I / size, in, out)."""
-    whole = torch.block_diag(*projection.weight.detach())  # (out, in)
-    groups = whole.shape[0] // size
-    whole = whole.view(groups, size, groups, size)
-    return whole.diagonal(dim1=0, dim2=2).permute(2, 1, 0).contiguous()
 
 
 def _wide(device: torch.device) -> torch.dtype:
