@@ -8,12 +8,13 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. What those are made of:
     mlstm, axlstm               the mLSTM cell, the AxLSTM encoder
     encoders                    from a configuration to an encoder
     embedder                    framing, batching, embeddings, timestamps
-    stream                      AxLSTM on audio that is still arriving
+    stream, axlstm_steps        AxLSTM on audio that is still arriving; its encoder a few tokens at a time
     checkpoint, hub             reading and writing weights: bundled, path, Hugging Face Hub
     reference                   the papers' released code: its framing, its checkpoints
     audio, corpus, outputs      audio files in, embeddings out: many files at a time
     embed_corpus                the same on many machines, under torchrun
     pcm                         audio from a pipe
+    allocator, atomic           memory that is used again; files that are written whole
     hear, cli                   what the HEAR modules share; the commands hear-embed and hear-weights
 """
 
