@@ -112,9 +112,8 @@ class _Room:
 
         self.gates = empty(rows, 2 * heads)
         self.gates_by_stream = self.gates.view(batch, length, 2, heads).permute(2, 3, 0, 1)
-        by_head = empty(2, heads, batch, length)
-        self.gates_by_head = by_head
-        self.input_gate, self.forget_gate = by_head.flatten(1, 2)  # (H B, S) each
+        self.gates_by_head = empty(2, heads, batch, length)
+        self.input_gate, self.forget_gate = self.gates_by_head.flatten(1, 2)  # (H B, S) each
 
         # Block-diagonal maps: (groups, rows, P) in, (groups, rows, maps * P) out, then put in order of heads.
         self.convolved_groups = self.convolved_rows.view(rows, groups, size).transpose(0, 1)
@@ -221,8 +220,8 @@ class _StepBlock:
         bound = m.neg_().exp_()  # may be infinite: then nothing is read out
         torch.maximum(room.normalizer.abs_(), bound, out=room.normalizer).add_(NORMALIZER_EPS)
         torch.div(room.values, room.normalizer_column, out=room.h)
-        write = room.k.mul_(room.written)
-        memory.mul_(room.kept).baddbmm_(write.transpose(1, 2), room.v)
+        room.k.mul_(room.written)
+        memory.mul_(room.kept).baddbmm_(room.k_transposed, room.v)
 
 
 def _groups(projection: BlockDiagonal, size: int) -> Tensor:
