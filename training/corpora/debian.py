@@ -27,12 +27,13 @@ import soundfile
 from tqdm import tqdm
 
 from hear_encoders.atomic import atomic_write
-from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED
+from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED, say
 from hear_encoders.frontend import SAMPLE_RATE
 from training import prepare
 from training.corpora import archive
 from training.corpora.recordings import check_decoders, is_plain_file, read_recording
 
+PROG = "python -m training.corpora.debian"
 MANIFEST = Path(__file__).with_name("debian.csv.gz")
 ROLES = ("pretraining", "both")
 KINDS = ("music", "speech", "sounds")  # what is neither music nor speech is a sound: effects, ambience, animals, ...
@@ -167,7 +168,7 @@ def build(out_dir: Path, cache: Path, skip: Sequence[str], jobs: int) -> int:
     failed = collect(entries, cache, out_dir / "recordings", jobs)
     write_licences(entries, cache, out_dir / "LICENCES.md")
     for failure in failed:
-        _say(f"failed: {failure}")
+        say(PROG, f"failed: {failure}")
     outcomes = [
         prepare.main([str(out_dir / "recordings" / part), str(out_dir / "shards" / part), "--jobs", str(jobs)])
         for part in PARTS
@@ -179,7 +180,7 @@ def build(out_dir: Path, cache: Path, skip: Sequence[str], jobs: int) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        "python -m training.corpora.debian",
+        PROG,
         description="Fetch freely licensed recordings from Debian's packages and prepare them for pretraining.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -196,15 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return build(options.out_dir, options.cache, options.skip, options.jobs)
     except KeyboardInterrupt:
-        _say("interrupted; run the same command again to go on")
+        say(PROG, "interrupted; run the same command again to go on")
         return INTERRUPTED
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        _say(f"error: {error}")
+        say(PROG, f"error: {error}")
         return BAD_USAGE
-
-
-def _say(message: str) -> None:
-    print(f"python -m training.corpora.debian: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED
+from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED, say
 from training.evaluation import environment
 from training.evaluation.run import Driver, Model, default_label, find_tasks
 
@@ -51,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except KeyboardInterrupt:
-        _say("interrupted; run the same command again to go on")
+        say(PROG, "interrupted; run the same command again to go on")
         return INTERRUPTED
     except (OSError, ValueError) as error:
-        _say(f"error: {error}")
+        say(PROG, f"error: {error}")
         return BAD_USAGE
 
 
@@ -89,7 +89,7 @@ def _setup(options: argparse.Namespace) -> int:
     try:
         made = environment.setup(options.env)
     except subprocess.CalledProcessError:
-        _say("error: pip failed (above); run the same command again to go on")
+        say(PROG, "error: pip failed (above); run the same command again to go on")
         return FAILED
     print(f"{options.env}: {'ready' if made else 'was ready'}")
     return 0
@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
     driver = Driver(model, options.out, kit, options.jobs, lambda line: print(line, flush=True))
     failures = driver.run(folders, range(options.seeds), options.keep_embeddings)
     for failure in failures:
-        _say(f"failed: {failure}")
+        say(PROG, f"failed: {failure}")
     if failures:
         return FAILED
     print(f"{driver.results.folder}: {len(folders)} tasks, {options.seeds} seeds")
@@ -126,10 +126,6 @@ def _at_least_1(text: str) -> int:
     if not (text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
-
-
-def _say(message: str) -> None:
-    print(f"{PROG}: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":
