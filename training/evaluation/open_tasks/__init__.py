@@ -12,7 +12,7 @@ with an internet connection and apt, are modelled on HEAR's, and go through hear
     instrument_family  NSynth families                    10, about 3800      by sound font
     spoken_words       Speech Commands                    84, 335             4 folds by speaker
     speaker_count      LibriCount                         1 to 4, 1800        by voice
-    onsets             DCASE 2016 task 2                  8 events, 300       by kit maker and background's author
+    onsets             DCASE 2016 task 2                  8 events, 100       by kit maker and background's author
     language_id        VoxLingua107 top 10                4, 3474             by package; a stress test
 
 What makes recordings of one source alike (its microphone, its room, its codec) says nothing about the label, but a
