@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ BLOCK_FRAMES = 1 << 18
 # What soundfile raises for a file it cannot read: besides its own error, TypeError for samples without a header
 # (.raw) and UnicodeEncodeError for a name that is not Unicode.
 UNREADABLE = (soundfile.LibsndfileError, TypeError, UnicodeEncodeError)
+
+# How libsndfile's log of a WAV says that its samples are not as many bytes as the header claims.
+_WAV_LENGTH = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+_UNKNOWN_LENGTH = 0x7FFFF000  # in a header, this and more: written to a pipe, by a program that could not go back
 
 
 def audio_extensions() -> set[str]:
@@ -48,10 +53,11 @@ def load_audio(path: str | os.PathLike[str]) -> Tensor:
         (samples,) float32, nominally in [-1, 1].
 
     Warns:
-        UserWarning: the file ends before the length in its header; what is there is returned.
+        UserWarning: the file ends before the length in its header (Ogg has none); what is there is returned.
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: the system does not open it.
         ValueError: not an audio file that libsndfile reads, damaged, or without samples.
     """
     return torch.cat(list(read_audio(path)))
@@ -66,6 +72,7 @@ def read_audio(path: str | os.PathLike[str]) -> Iterator[Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such audio file: {path}")
+    open(path, "rb").close()  # an error of the system's says more than libsndfile's
     samples = 0
     try:
         with soundfile.SoundFile(path) as file:
@@ -76,6 +83,10 @@ def read_audio(path: str | os.PathLike[str]) -> Iterator[Tensor]:
                 yield torch.from_numpy(block)
             if frames < file.frames:
                 warnings.warn(f"{path} is cut short: {frames} of {file.frames} frames are there", stacklevel=3)
+            elif length := _WAV_LENGTH.search(file.extra_info):  # here `frames` is what is there
+                claimed, there = int(length[1]), int(length[2])
+                if there < claimed < _UNKNOWN_LENGTH:
+                    warnings.warn(f"{path} is cut short: {there} of {claimed} bytes are there", stacklevel=3)
     except UNREADABLE as error:
         raise ValueError(f"{path}: not readable as audio ({getattr(error, 'error_string', error)})") from error
     if samples == 0:

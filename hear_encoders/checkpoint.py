@@ -100,7 +100,9 @@ def encoder_from_tensors(config: EncoderConfig, tensors: dict[str, Tensor], sour
             raise ValueError(f"{source}: tensor {name!r} is {tensor.dtype}, expected floating point")
         if not tensor.isfinite().all():
             raise ValueError(f"{source}: tensor {name!r} holds NaN or infinity")
-    encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    # A copy, of float32 too: what was read is a map of the file, which may change or shrink under the model.
+    own = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    encoder.load_state_dict(own, assign=True)
     return encoder.eval()
 
 

@@ -89,10 +89,11 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
             embedder = load_embedder(options)
             settings = embedding_settings(embedder, options.model, root) if kind == "folder" else {}
             output = open_output(options.output, options.timestamps, settings)
+            todo = [file for file in files if not output.has(file.name)]
         except (OSError, ValueError) as error:
             say(parser.prog, f"error: {error}")
             return BAD_USAGE
-        return _embed(parser.prog, embedder, files, output, options)
+        return _embed(parser.prog, embedder, todo, len(files), output, options)
 
 
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,9 +128,11 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output, options: argparse.Namespace) -> int:
-    todo = [file for file in files if not output.has(file.name)]
-    skipped = len(files) - len(todo)
+def _embed(
+    prog: str, embedder: Embedder, todo: list[AudioFile], files: int, output: Output, options: argparse.Namespace
+) -> int:
+    """Embed those of so many files that are not there yet. Returns the exit code."""
+    skipped = files - len(todo)
     try:
         with tqdm(total=len(todo), unit="file", disable=None) as bar:  # None: only on a terminal
             failures = embed_files(
@@ -159,9 +162,9 @@ def _embed(prog: str, embedder: Embedder, files: list[AudioFile], output: Output
         raise
     there_before = f", {skipped} there before" if skipped else ""
     if todo:
-        print(f"{options.output}: {done} of {len(files)} files embedded{there_before}")
+        print(f"{options.output}: {done} of {files} files embedded{there_before}")
     else:
-        print(f"{options.output}: nothing new, {skipped} of {len(files)} files there before")
+        print(f"{options.output}: nothing new, {skipped} of {files} files there before")
     for failure in failures:
         say(prog, f"failed: {failure.reason}")
     return FAILED if failures else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,6 +48,10 @@ def find_audio(inputs: Sequence[str]) -> tuple[Path, list[AudioFile]]:
     """Find the audio files that files, folders (recursive) and glob patterns stand for, each once, sorted.
 
     In folders and for patterns, files count as audio by their extension; a file given by itself always counts.
+    Links to folders are followed.
+
+    Warns:
+        UserWarning: a folder that may not be read.
 
     Returns:
         The root and the files below it, whose names are relative to it. The root depends on the inputs alone,
@@ -65,7 +70,7 @@ def find_audio(inputs: Sequence[str]) -> tuple[Path, list[AudioFile]]:
         found: list[Path] = []
         for match in matches:
             if match.is_dir():
-                found += [path for path in match.rglob("*") if _is_audio(path, extensions)]
+                found += [path for path in _files_below(match) if _is_audio(path, extensions)]
             elif not pattern or _is_audio(match, extensions):
                 found.append(match)
         if not found:
@@ -79,6 +84,27 @@ def find_audio(inputs: Sequence[str]) -> tuple[Path, list[AudioFile]]:
     root = os.path.commonpath(roots)
     files = [AudioFile(path, Path(os.path.relpath(absolute, root)).as_posix()) for absolute, path in paths.items()]
     return Path(root), sorted(files, key=lambda file: file.name)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in its folders, links to folders elsewhere included, each folder once."""
+    root = os.path.realpath(folder)
+    seen = {root}
+
+    def is_new(path: str) -> bool:
+        real = os.path.realpath(path)
+        # A link to a folder that is reached without it would give its files a second name.
+        if real in seen or (os.path.islink(path) and real.startswith(os.path.join(root, ""))):
+            return False
+        seen.add(real)
+        return True
+
+    def warn(error: OSError) -> None:
+        warnings.warn(f"{error.filename} is not searched: {error.strerror}", stacklevel=4)
+
+    for parent, folders, names in os.walk(folder, onerror=warn, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if is_new(os.path.join(parent, name))]
+        yield from (Path(parent, name) for name in names)
 
 
 def _is_audio(path: Path, extensions: set[str]) -> bool:
@@ -159,9 +185,9 @@ def embed_files(
 
 
 def _failure(file: AudioFile, error: BaseException) -> Failure:
+    machine = isinstance(error, (OSError, MemoryError, RuntimeError))
     if isinstance(error, (OSError, ValueError)):  # in words for people, with the file's name
-        return Failure(file.path, str(error))
-    machine = isinstance(error, (MemoryError, RuntimeError))
+        return Failure(file.path, str(error), machine)
     return Failure(file.path, f"{file.path}: {type(error).__name__}: {error}", machine)
 
 

@@ -154,9 +154,11 @@ def _make_plan(options: argparse.Namespace, embedder: Embedder) -> list[int]:
     elif output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and has no {PLAN_FILE}: choose another folder")
     output.mkdir(parents=True, exist_ok=True)
+    if parts == 0:  # before all else, so that a planning that is cut short can be begun again
+        write_json(output / PLAN_FILE, {"settings": _settings(options, embedder, root), "parts": 0})
     part, size = [], 0.0
     for file in [*(file for file in files if file.name not in known), None]:
-        megabytes = 0.0 if file is None else file.path.stat().st_size / 1e6
+        megabytes = 0.0 if file is None else _size_mb(file.path)
         if part and (file is None or len(part) == options.part_files or size + megabytes > options.part_mb):
             write_json(_files_file(output, parts), part)
             part, size, parts = [], 0.0, parts + 1
@@ -165,6 +167,14 @@ def _make_plan(options: argparse.Namespace, embedder: Embedder) -> list[int]:
             size += megabytes
     write_json(output / PLAN_FILE, {"settings": _settings(options, embedder, root), "parts": parts})
     return [number for number in range(parts) if not _record(output, number).exists()]
+
+
+def _size_mb(path: Path) -> float:
+    """Size of a file in MB; 0 where it has gone since it was found, which embedding it will report."""
+    try:
+        return path.stat().st_size / 1e6
+    except OSError:
+        return 0.0
 
 
 def _settings(options: argparse.Namespace, embedder: Embedder, root: Path) -> dict[str, Any]:
@@ -201,11 +211,17 @@ def _read_files(output: Path, number: int) -> list[str]:
     return json.loads(_files_file(output, number).read_text(encoding="utf-8"))
 
 
+def _deleted(files: list[AudioFile], root: Path) -> bool:
+    """Is none of the files there any more? Where nothing else is either, it is rather their disk that is not there."""
+    return not any(file.path.exists() for file in files) and root.is_dir() and any(root.iterdir())
+
+
 def _embed_part(embedder: Embedder, root: Path, number: int, options: argparse.Namespace) -> list[Failure]:
     """Embed a part and write it; return the files that failed.
 
     Raises:
-        RuntimeError: all files failed, and not for what is in them: this machine is not fit for it.
+        RuntimeError: all files failed, and not for what is in them: this machine is not fit for it, or does not have
+            the recordings. (Files that were deleted while others are still there have just failed.)
     """
     files = [AudioFile(root / name, name) for name in _read_files(options.output, number)]
     path = options.output / f"part-{number:06d}.parquet"
@@ -219,7 +235,8 @@ def _embed_part(embedder: Embedder, root: Path, number: int, options: argparse.N
             batch_seconds=options.batch_seconds,
             jobs=options.jobs,
         )
-        if all(failure.machine for failure in failures) and len(failures) == len(files):
+        unfit = len(failures) == len(files) and all(failure.machine for failure in failures)
+        if unfit and not _deleted(files, root):
             raise RuntimeError(
                 f"none of the {len(files)} files of part {number} could be embedded: {failures[0].reason}"
             )

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -212,7 +213,7 @@ class Embedder(nn.Module):
             for block in read():
                 samples += len(block)
                 if len(block):
-                    batch, block_peak = _checked(block, name)
+                    batch, block_peak = checked_audio(block, name)
                     peak = max(peak, block_peak)
                     yield batch[0].to(self.device)
 
@@ -232,7 +233,7 @@ class Embedder(nn.Module):
                         total += embeddings.sum(0).cpu()
         if done == 0:
             raise ValueError(f"{name}: there are no samples")
-        _warn_of_peak(peak, name, stacklevel=3)
+        warn_of_peak(peak, name, stacklevel=3)
         return (torch.cat(parts)[None] if per_step else (total / done).float()), samples
 
     def _chunks(self, audio: Tensor) -> list[Chunk]:
@@ -320,12 +321,12 @@ def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
         TypeError: not a tensor, or samples that are not floating point.
         ValueError: not one or two dimensions, nothing in it, or samples that are not finite.
     """
-    batch, peak = _checked(audio, name)
-    _warn_of_peak(peak, name, stacklevel=4)
+    batch, peak = checked_audio(audio, name)
+    warn_of_peak(peak, name, stacklevel=4)
     return batch
 
 
-def _checked(audio: Tensor, name: str) -> tuple[Tensor, float]:
+def checked_audio(audio: Tensor, name: str) -> tuple[Tensor, float]:
     """As `check_audio`, with the largest magnitude in place of a warning of it."""
     if not isinstance(audio, Tensor):
         raise TypeError(
@@ -346,12 +347,15 @@ def _checked(audio: Tensor, name: str) -> tuple[Tensor, float]:
     return batch, peak
 
 
-def _warn_of_peak(peak: float, name: str, stacklevel: int) -> None:
-    if peak > PEAK_WORTH_A_WARNING:
+def warn_of_peak(peak: float, name: str, stacklevel: int) -> bool:
+    """Warn of samples far outside [-1, 1]. Was there something to warn of?"""
+    worth = peak > PEAK_WORTH_A_WARNING
+    if worth:
         warnings.warn(
             f"{name} peaks at {peak:g}; samples are expected in [-1, 1]. 16-bit samples are divided by 32768.",
             stacklevel=stacklevel,
         )
+    return worth
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -360,11 +364,14 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_statistics(statistics: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation as floats. Raises ValueError where they are not that."""
     if not (
         isinstance(statistics, (list, tuple))
         and len(statistics) == 2
-        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in statistics)
+        and all(isinstance(value, Real) and math.isfinite(value) for value in statistics)
         and statistics[1] > 0
     ):
-        raise ValueError(f"statistics must be [mean, standard deviation], finite and above 0, got {statistics!r}")
+        raise ValueError(
+            f"statistics must be [mean, standard deviation], finite numbers, the latter above 0; got {statistics!r}"
+        )
     return float(statistics[0]), float(statistics[1])

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from contextlib import ExitStack
+import os
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -37,7 +38,9 @@ _OTHER_FORMATS = audio_extensions() | {
 class Output(Protocol):
     """Takes the embeddings of one file at a time; `close` puts the result in place, `abort` leaves none."""
 
-    def has(self, name: str) -> bool: ...
+    def has(self, name: str) -> bool:
+        """Is the file's embedding there already? Raises ValueError where something else is in its place."""
+        ...
 
     def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None: ...
 
@@ -167,7 +170,8 @@ class ParquetOutput:
 def _abandon(stack: ExitStack) -> None:
     """Leave the contexts as after an error, which makes an atomic file go away."""
     abandoned = KeyboardInterrupt()
-    stack.__exit__(type(abandoned), abandoned, None)
+    with suppress(OSError):  # what is buffered is written as a file closes, which may fail as writing did
+        stack.__exit__(type(abandoned), abandoned, None)
 
 
 class FolderOutput:
@@ -177,14 +181,15 @@ class FolderOutput:
         self._folder = path
         self._record = path / SETTINGS_FILE
         self._settings = {**settings, "timestamps": timestamps}
-        if not self._record.exists():
+        self._resumed = self._record.exists()
+        if not self._resumed:
             return
         try:
             earlier = json.loads(self._record.read_text(encoding="utf-8"))
             if not isinstance(earlier, dict):
                 raise ValueError(f"expected a JSON object, got {type(earlier).__name__}")
         except ValueError as error:
-            raise ValueError(f"{self._record}: damaged ({error}); choose another folder or delete it") from error
+            raise ValueError(f"{self._record}: damaged ({error}); choose another folder") from error
         for key, value in self._settings.items():
             if earlier.get(key) != value:
                 raise ValueError(
@@ -193,7 +198,11 @@ class FolderOutput:
                 )
 
     def has(self, name: str) -> bool:
-        return self._embedding_path(name).exists()  # written last
+        path = self._embedding_path(name)
+        there = os.path.exists(path)  # written last; Path.exists would raise for a name that is too long
+        if there and not self._resumed:
+            raise ValueError(f"{path} is there, and no {self._record} says how it was made: choose another folder")
+        return there
 
     def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None:
         target = self._embedding_path(name)

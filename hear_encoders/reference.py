@@ -138,9 +138,12 @@ def import_checkpoint(
         positions = released.pop("pos_embed")
         config = _read_config(family, released, positions, heads, flip, input_gate)
         tensors = {translate_name(name): _translate(name, tensor) for name, tensor in released.items()}
-    except (KeyError, ValueError) as error:
-        problem = f"missing tensor {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: {problem}") from error
+    except KeyError as error:
+        raise ValueError(f"{path}: missing tensor {error}") from error
+    except IndexError as error:  # of a shape
+        raise ValueError(f"{path}: a tensor has too few dimensions") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return config, tensors
 
 
@@ -169,7 +172,9 @@ def read_released_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many kinds here: RuntimeError, UnpicklingError, EOFError, ...
         raise ValueError(f"{path}: not a readable torch checkpoint ({error})") from error
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path}: expected a dictionary with the model's tensors under 'model'")
     return {_WRAPPERS.sub("", name): tensor.float() for name, tensor in state.items()}
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hear_encoders.axlstm_steps import StepEncoder
-from hear_encoders.embedder import Embedder, check_audio, check_statistics
+from hear_encoders.embedder import Embedder, check_statistics, checked_audio, warn_of_peak
 from hear_encoders.frontend import (
     BANDS,
     FRAMES_BEFORE,
@@ -161,6 +161,7 @@ class AxLSTMStream:
     def reset(self) -> None:
         """Forget everything: the next sample is the first one."""
         self._received = 0
+        self._warned = False
         for tensor in self._tensors.values():
             tensor.zero_()
         self._encoder.reset()
@@ -176,14 +177,21 @@ class AxLSTMStream:
             sample, float64 (exact however long the stream runs; float32 on MPS), both on the samples' device. T is
             often 0.
 
+        Warns:
+            UserWarning: samples far outside [-1, 1], as of 16-bit audio that was not scaled; once until `reset`.
+
         Raises:
             TypeError: not a tensor, or samples that are not floating point.
             ValueError: another shape, or samples that are not finite. The stream is as it was before.
         """
         nothing = isinstance(samples, Tensor) and samples.is_floating_point() and samples.shape[-1:] == (0,)
-        batch = torch.atleast_2d(samples.detach()).float() if nothing else check_audio(samples, "samples")
+        batch, peak = (
+            (torch.atleast_2d(samples.detach()).float(), 0.0) if nothing else checked_audio(samples, "samples")
+        )
         if batch.ndim != 2 or batch.shape[0] != self.streams:
             raise ValueError(f"samples must have shape ({self.streams}, n), got {tuple(samples.shape)}")
+        if not self._warned:  # loud audio goes on being so
+            self._warned = warn_of_peak(peak, "samples", stacklevel=3)
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             audio, first = self._with_kept(batch.to(self._device))
             done, received = self._complete_steps(self._received), self._received + batch.shape[1]

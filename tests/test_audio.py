@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from pathlib import Path
 
@@ -233,7 +234,7 @@ def test_samples_without_a_header_are_refused(tmp_path: Path) -> None:
         load_audio(path)
 
 
-@pytest.mark.parametrize("suffix", [".flac", ".mp3"])
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3"])
 def test_file_that_is_cut_short_does_not_pass_for_whole(write, suffix: str) -> None:
     """Their headers tell how long they were; half of a recording must not silently stand for all of it."""
     path = write(noise(44_100), 44_100, name=f"cut{suffix}")
@@ -243,6 +244,28 @@ def test_file_that_is_cut_short_does_not_pass_for_whole(write, suffix: str) -> N
         warnings.simplefilter("error")
         with pytest.raises((ValueError, UserWarning), match=rf"cut\{suffix}"):
             load_audio(path)
+
+
+@pytest.mark.parametrize("length", [0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_wav_that_was_written_to_a_pipe_is_whole(write, recwarn, length: int) -> None:
+    """Its header could not say how long it was going to be."""
+    path = write(noise(8000), RATE, name="pipe.wav")
+    content = path.read_bytes()
+    place = content.index(b"data") + 4
+    path.write_bytes(content[:place] + length.to_bytes(4, "little") + content[place + 4 :])
+    assert len(load_audio(path)) == 8000
+    assert not recwarn.list
+
+
+def test_file_that_the_system_does_not_open_is_not_called_damaged(write, monkeypatch) -> None:
+    path = write(noise(8000), RATE)
+
+    def refuse(name, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(name))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(PermissionError, match=str(path)):
+        load_audio(path)
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])

@@ -40,6 +40,17 @@ def test_a_loaded_encoder_can_be_trained_and_moved(saved):
     encoder.to(torch.float64)
 
 
+def test_a_loaded_encoder_does_not_change_with_its_file(saved):
+    weights = saved / "model.safetensors"
+    encoder, expected = load_checkpoint(weights), load_file(weights)
+    expected = {name: tensor.clone() for name, tensor in expected.items()}
+    with open(weights, "r+b") as file:
+        file.seek(-weights.stat().st_size // 2, os.SEEK_END)
+        file.write(bytes(weights.stat().st_size // 2))
+        file.flush()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in encoder.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_stored_in_another_precision_are_float32_in_memory(saved, dtype):
     weights = saved / "model.safetensors"

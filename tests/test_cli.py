@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -34,6 +35,7 @@ from hear_encoders import (
     save_checkpoint,
 )
 from hear_encoders.cli import embed_main, weights_main
+from hear_encoders.corpus import find_audio
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GOLDEN = Path(__file__).parent / "golden"
@@ -347,6 +349,34 @@ def test_glob_is_expanded_by_the_command(embed, recordings, workplace) -> None:
     ]:
         assert embed(recordings / pattern, "-o", "out.npz").code == 0
         assert sorted(read_scenes(workplace / "out.npz", recordings)) == names, pattern
+
+
+def test_links_to_folders_are_followed_and_no_file_is_found_twice(recordings, tmp_path) -> None:
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    os.link(recordings / "a.wav", tmp_path / "in" / "b" / "a.wav")
+    for name, target in {"a": "b", "loop": "..", "nested": recordings / "nested"}.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    _, files = find_audio([str(tmp_path / "in")])
+    assert [file.name for file in files if not file.name.startswith("loop")] == [
+        "b/a.wav",
+        *(name for name in RECORDINGS if name.startswith("nested/")),
+    ]
+    real = [file.path.resolve() for file in files]
+    assert len(set(real)) == len(real)
+
+
+def test_folder_that_may_not_be_read_is_named(embed, recordings, workplace, monkeypatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if str(path).endswith("nested"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    outcome = embed(recordings, "-o", "out.npz")
+    assert outcome.code == 0
+    assert f"warning: {recordings / 'nested'} is not searched: Permission denied" in outcome.err
 
 
 def test_several_inputs_of_all_kinds(embed, recordings, workplace) -> None:
@@ -849,6 +879,19 @@ def test_failed_write_leaves_nothing_that_looks_done(
     assert sorted(read_scenes(workplace / output, recordings)) == RECORDINGS
 
 
+@pytest.mark.parametrize("output", ["out.npz", "out.parquet", "out"])
+def test_full_disk_is_an_error_of_one_line(embed, recordings, workplace, output: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # Python ignores the signal that comes with it
+    try:
+        outcome = embed(recordings, "-o", output, "--timestamps")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"hear-embed: error: {output}: ") and outcome.err.count("\n") == 1
+    assert not [name for name in files_in(workplace) if not name.endswith((".npy", "hear-embed.json"))]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # A folder that is there already
 
@@ -890,6 +933,27 @@ def test_output_folder_may_lie_in_the_input_folder(embed, recordings, workplace)
         outcome = embed("in", "-o", "in/embeddings")
         assert outcome.code == 0
         assert outcome.out.endswith(expected_end)
+
+
+def test_embeddings_of_unknown_making_are_neither_taken_nor_replaced(embed, recordings, workplace) -> None:
+    assert embed(recordings, "-o", "out").code == 0
+    Path("out/hear-embed.json").unlink()
+    before = snapshot(workplace / "out")
+    outcome = embed(recordings, "-o", "out", "--timestamps")
+    assert outcome.code == 2
+    assert "no out/hear-embed.json says how it was made" in outcome.err
+    assert snapshot(workplace / "out") == before
+
+
+def test_name_that_is_too_long_fails_alone_the_second_time_too(embed, recordings, workplace) -> None:
+    long = recordings.with_name("long")
+    long.mkdir()
+    os.link(recordings / "a.wav", long / "a.wav")
+    os.link(recordings / "a.wav", long / f"{'x' * 251}.wav")
+    for expected_start in ("out: 1 of 2 files embedded\n", "out: 0 of 2 files embedded, 1 there before\n"):
+        outcome = embed(long, "-o", "out")
+        assert (outcome.code, outcome.out) == (1, expected_start)
+        assert "its name is too long for the output" in outcome.err
 
 
 def test_files_that_failed_are_tried_again(embed, recordings, workplace) -> None:

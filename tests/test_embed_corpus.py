@@ -163,6 +163,59 @@ def test_a_machine_that_can_embed_nothing_does_not_call_it_done(recordings, weig
     assert_complete(tmp_path / "out", recordings, weights)
 
 
+def test_recordings_that_are_out_of_reach_are_not_called_done(weights, tmp_path, monkeypatch):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    soundfile.write(folder / "a.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
+    agree = embed_corpus._agree_on_parts
+
+    def agree_and_unmount(*arguments):
+        todo = agree(*arguments)
+        folder.rename(tmp_path / "elsewhere")
+        folder.mkdir()  # a mount point stays
+        return todo
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed_corpus, "_agree_on_parts", agree_and_unmount)
+        with pytest.raises(RuntimeError, match=r"none of the 1 files of part 0 .* no such audio file"):
+            run(folder, output, "--weights", weights)
+    folder.rmdir()
+    (tmp_path / "elsewhere").rename(folder)
+    assert run(folder, output, "--weights", weights) == 0
+    assert parquet.read_table(output).num_rows == 1
+
+
+def test_a_planning_that_is_cut_short_is_gone_on_with(recordings, weights, tmp_path, monkeypatch):
+    def cut_short(path, *_):
+        if "files" in path.name:
+            raise KeyboardInterrupt
+        write_json(path, *_)
+
+    write_json = embed_corpus.write_json
+    with monkeypatch.context() as patch:
+        patch.setattr(embed_corpus, "write_json", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            run(recordings, tmp_path / "out", "--weights", weights)
+    assert run(recordings, tmp_path / "out", "--weights", weights) == 0
+    assert_complete(tmp_path / "out", recordings, weights)
+
+
+def test_a_file_that_was_deleted_since_it_was_found_has_failed(weights, tmp_path, monkeypatch, capsys):
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
+    find = embed_corpus.find_audio
+
+    def find_and_delete(inputs):
+        found = find(inputs)
+        (tmp_path / "a.wav").unlink()
+        return found
+
+    monkeypatch.setattr(embed_corpus, "find_audio", find_and_delete)
+    assert run(tmp_path, tmp_path / "out", "--weights", weights, "--part-files", 1) == 0
+    assert "no such audio file" in capsys.readouterr().err
+    assert parquet.read_table(tmp_path / "out")["path"].to_pylist() == [str(tmp_path / "b.wav")]
+
+
 def test_another_process_must_embed_with_the_same_settings(recordings, weights, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     assert run(recordings / "0", output, "--weights", weights) == 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -207,9 +208,9 @@ def test_auto_precision_is_float32_on_the_cpu():
         ({"max_chunks": 0}, "max_chunks must be an integer of at least 1, got 0"),
         ({"max_chunks": 2.5}, "max_chunks must be an integer of at least 1, got 2.5"),
         ({"statistics": [1.0]}, r"statistics must be \[mean, standard deviation\], .* got \[1.0\]"),
-        ({"statistics": [0.0, 0.0]}, r"finite and above 0, got \[0.0, 0.0\]"),
-        ({"statistics": [float("nan"), 1.0]}, r"finite and above 0, got \[nan, 1.0\]"),
-        ({"statistics": "12"}, "finite and above 0, got '12'"),
+        ({"statistics": [0.0, 0.0]}, r"the latter above 0; got \[0.0, 0.0\]"),
+        ({"statistics": [float("nan"), 1.0]}, r"the latter above 0; got \[nan, 1.0\]"),
+        ({"statistics": "12"}, "the latter above 0; got '12'"),
     ],
 )
 def test_impossible_options_are_refused(small_embedder, options, message):
@@ -247,6 +248,12 @@ def test_bad_audio_is_refused_before_any_work(small_embedder, monkeypatch, audio
 def test_sixteen_bit_range_warns(small_embedder, noise):
     with pytest.warns(UserWarning, match=r"audio peaks at 3\d+.*; samples are expected in \[-1, 1\]"):
         small_embedder().scene_embeddings(32768 * noise(1, 4000))
+
+
+def test_statistics_may_be_numpy_numbers(small_embedder, noise):
+    expected = small_embedder(statistics=[-6.0, 3.5]).scene_embeddings(noise(1, 4000))
+    embedder = small_embedder(statistics=list(np.array([-6, 3.5], np.float32)))
+    assert torch.equal(embedder.scene_embeddings(noise(1, 4000)), expected)
 
 
 def test_ordinary_audio_does_not_warn(noise, recwarn):

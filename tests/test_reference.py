@@ -145,6 +145,8 @@ def test_wrapped_and_bare_checkpoints_are_read(tmp_path):
         (lambda c: c["model"].update({"encoder.blocks.0.gamma": torch.ones(3)}), "unknown tensor 'blocks.0.gamma'"),
         (lambda c: c["model"]["encoder.pos_embed"].add_(0.1), "pos_embed is not the fixed sin-cos table"),
         (lambda c: c.update(model={"a": torch.ones(1)}), "found none of the tensors"),
+        (lambda c: c.update(model={0: torch.zeros(1)}), "expected a dictionary with the model's tensors under 'model'"),
+        (lambda c: c["model"].update({"encoder.pos_embed": torch.zeros(())}), "a tensor has too few dimensions"),
         (lambda c: c.update(model=[1, 2]), "expected a dictionary with the model's tensors under 'model'"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +44,18 @@ def run(stream, audio: Tensor, blocks, finish: bool = True) -> tuple[Tensor, Ten
 def random_blocks(largest: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return (1 + torch.randint(largest, (400,), generator=generator)).tolist()
+
+
+def test_loud_samples_are_warned_of_once_until_reset(model, noise):
+    stream = hear_axlstm.stream(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for part in (32768 * noise(1, 6400)).split(640, dim=1):
+                stream.push(part)
+            stream.reset()
+    assert [warning.filename for warning in caught] == [__file__] * 2
+    assert "samples are expected in [-1, 1]" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("samples", [1, 200, 201, 239, 240, 500, 679, 680, 8000, 8041, 32000, 32041, 75200, 75321])
@@ -310,7 +324,7 @@ def test_no_model_and_weights_of_another_dtype_are_refused(small_embedder):
     [
         ({"streams": 0}, "streams must be an integer of at least 1, got 0"),
         ({"streams": 2.0}, r"streams must be an integer of at least 1, got 2\.0"),
-        ({"statistics": (0.0, 0.0)}, r"finite and above 0, got \(0\.0, 0\.0\)"),
+        ({"statistics": (0.0, 0.0)}, r"the latter above 0; got \(0\.0, 0\.0\)"),
         ({"warm_up_s": -1}, "warm_up_s must be a finite number of seconds of at least 0, got -1"),
         ({"warm_up_s": float("nan")}, "of at least 0, got nan"),
         ({"warm_up_s": "2"}, "of at least 0, got '2'"),
