@@ -110,6 +110,13 @@ class RunConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in {"max_steps": 1, "picture_every": 1, "milestone_every": 1, "warmup_steps": 0}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least} or null, got {value}")
+        if not (self.epochs > 0 and self.warmup_epochs >= 0):
+            raise ValueError(
+                f"epochs must be above 0 and warmup_epochs at least 0, got {self.epochs} and {self.warmup_epochs}"
+            )
         if self.shares is not None and (sum(self.shares) != 100 or min(self.shares) < 1):
             raise ValueError(f"shares must be hundredths of at least 1 that make 100 together, got {self.shares}")
         if self.cooldown_steps is not None:
@@ -184,7 +191,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ValueError(f"{override!r}: {parent!r} is no group of keys")
-        target[last] = yaml.safe_load(text)
+        target[last] = _parse(text, override)
     return run_config_from_dict(values, str(path))
 
 
@@ -215,7 +222,7 @@ def run_config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no such configuration: {path}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = _parse(path.read_text(encoding="utf-8"), str(path)) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(values).__name__}")
     inherited = values.pop("inherits", [])
@@ -223,6 +230,13 @@ def _read(path: Path) -> dict[str, Any]:
     for name in [inherited] if isinstance(inherited, str) else inherited:
         merged = _merge(merged, _read(path.parent / name))
     return _merge(merged, values)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not readable as YAML ({' '.join(str(error).split())})") from error
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Crops(Dataset):
         shares: of the places, in hundredths, one per folder of a `JoinedShards`; None: every record alike.
 
     Raises:
-        ValueError: shares that are not one per folder.
+        ValueError: shares that are not one per folder; nothing to draw from.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class Crops(Dataset):
         self.seed = seed
         self.shares = None if shares is None else np.array(shares)
         self._sizes = [len(index)] if shares is None else index.sizes
+        if min(self._sizes) == 0:
+            raise ValueError("there are shards without a record: nothing can be drawn from them")
         self._firsts = [0, *np.cumsum(self._sizes)]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._mix: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))

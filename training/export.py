@@ -48,7 +48,11 @@ def export(run: Path, output: Path, half: bool = False) -> None:
 
 def _model_card(config: RunConfig, run: Path, step: int) -> str:
     """A card to be completed by whoever publishes the weights: what is known for certain is filled in."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
     settings = json.dumps(dataclasses.asdict(config), indent=2)
     family = config.encoder.family
     module = "hear_audiomaepp" if family in ("audiomaepp", "mae") else "hear_axlstm"
@@ -62,7 +66,7 @@ tags: [audio, feature-extraction, self-supervised, {family}]
 An encoder of family `{family}`, pretrained with `training.pretrain` of hear-audiomaepp.
 
 - Steps: {step}, of {config.batch_size} crops of 2 s
-- Code: commit {git.stdout.strip() or "unknown"}
+- Code: commit {commit or "unknown"}
 - Training data: (to be described: sources, hours, licences)
 
 ```python

@@ -47,7 +47,7 @@ from training.optimizers import build_optimizers
 from training.runlog import RunLog
 from training.shards import JoinedShards, ShardIndex
 
-CONFIG_FILE = "run.json"
+CONFIG_FILE, DATA_FILE = "run.json", "data.json"
 PICTURED_CLIPS = 4
 NOT_FINITE = 3  # exit code
 
@@ -114,7 +114,9 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config, place.device)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.precision == "float16")
         self.step = 0
-        self.stop_requested = False
+        self.stop_requested = False  # of this process, by a signal; `stopping` is what all have agreed on
+        self.stopping = False
+        self.deadline = math.inf
         self.resume()
         self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model
         if place.processes > 1 and not config.fsdp:
@@ -159,7 +161,7 @@ class Trainer:
         """Make one optimiser step from this process's parts of the batch; return loss and gradient norm.
 
         Raises:
-            FloatingPointError: the loss is not finite; the weights are as they were before the step.
+            FloatingPointError: the loss or the gradient is not finite; the weights are as they were before the step.
         """
         config = self.config
         rate = config.learning_rate * learning_rate_factor(
@@ -179,26 +181,29 @@ class Trainer:
                     loss = self.forward(logmel, masking).loss / len(parts)
                 self.scaler.scale(loss).backward()
             outcome[0] += loss.detach()
-        outcome[1] = self.stop_requested
+        outcome[1] = self.stop_requested or time.monotonic() > self.deadline
         if self.place.processes > 1:  # all processes must see the same, or some would wait for ever
             dist.all_reduce(outcome)
             outcome[0] /= self.place.processes
-        # Reading the loss waits for the device, which costs it the time to queue an optimiser step; so a loss
-        # that is not finite is seen before it gets into the weights.
-        mean_loss, stop = outcome.tolist()
-        self.stop_requested = stop > 0
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"the loss of step {self.step} is {mean_loss}")
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = math.inf if config.clip_grad is None else config.clip_grad
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+        # Reading these waits for the device, which costs it the time to queue an optimiser step; so what is not
+        # finite is seen before it gets into the weights.
+        mean_loss, stop, norm = torch.stack([*outcome, norm.float()]).tolist()
+        self.stopping = stop > 0
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"the loss of step {self.step} is {mean_loss}")
+        if math.isfinite(norm):
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        elif not self.scaler.is_enabled():  # of float16 the scaler tries a smaller scale, and no optimiser steps
+            raise FloatingPointError(f"the gradient of step {self.step} is {norm}")
         self.scaler.update()
         self.step += 1
-        return mean_loss, norm.item()
+        return mean_loss, norm
 
     def gradients_shared(self, last_part: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients once a step, with its last part."""
@@ -212,7 +217,7 @@ class Trainer:
         """Train to the end, or until asked to stop; save either way. Return whether the end was reached.
 
         Raises:
-            FloatingPointError: the loss of a step is not finite. The state before that step is saved.
+            FloatingPointError: the loss or the gradient of a step is not finite. The state before it is saved.
         """
         config, place = self.config, self.place
         batches = RowBatches(
@@ -220,12 +225,12 @@ class Trainer:
         )
         loader = iter(crop_loader(self.crops, batches, config.workers, pin_memory=place.device.type == "cuda"))
         log = self.open_log() if place.leads else None
-        deadline = math.inf if config.max_hours is None else time.monotonic() + 3600 * config.max_hours
+        self.deadline = math.inf if config.max_hours is None else time.monotonic() + 3600 * config.max_hours
         if self.step == 0:
             self.show(log)
         saves = True
         try:
-            while self.step < self.total_steps and not self.stop_requested:
+            while self.step < self.total_steps and not self.stopping:
                 begun = time.monotonic()
                 loss, norm = self.train_step([next(loader) for _ in range(config.accumulate)])
                 ends = self.step == self.total_steps
@@ -237,8 +242,6 @@ class Trainer:
                 self.show(log)
                 if self.step % config.save_every == 0:
                     self.save()
-                if time.monotonic() > deadline:
-                    self.stop_requested = True
         except Exception as error:
             # One process alone cannot save a model that is shared out; all see the same loss, though.
             saves = not config.fsdp or isinstance(error, FloatingPointError)
@@ -321,6 +324,21 @@ def settle_config(config: RunConfig, run: Path, write: bool) -> None:
         write_json(run / CONFIG_FILE, dataclasses.asdict(config))
 
 
+def settle_data(data: JoinedShards, run: Path, write: bool) -> None:
+    """Keep in a run's directory which records it was begun with; refuse to go on with others. Folders may move.
+
+    Raises:
+        ValueError: other records than before.
+    """
+    path = run / DATA_FILE
+    now = [{"records": len(index), "fingerprint": index.fingerprint()} for index in data.indices]
+    if path.exists():
+        if now != json.loads(path.read_text(encoding="utf-8")):
+            raise ValueError(f"{run} was begun with other records than those of --data; choose another --out")
+    elif write:
+        write_json(path, now)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -353,6 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settle_config(config, options.out, write=place.leads)
         held_out = None if options.held_out is None else ShardIndex.open(options.held_out)
         data = JoinedShards([ShardIndex.open(path) for path in options.data])
+        settle_data(data, options.out, write=place.leads)
         trainer = Trainer(config, data, options.out, place, held_out)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

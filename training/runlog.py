@@ -37,10 +37,11 @@ class RunLog:
         path = run / LOG_FILE
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if step and json.loads(line)["step"] <= step]  # step 0 is tested on anew
             with atomic_write(path) as file:
                 file.write("".join(kept).encode())
-        self.tensorboard = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1 if step else None)
+        self.tensorboard = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1 if step else 0)
         self._begin()
 
     def add(self, loss: float, norm: float, rate: float, clips: int, seconds: float) -> None:

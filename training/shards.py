@@ -10,6 +10,7 @@ A folder of shards holds (NNNNNN: shard number, KEY: record's name, without dots
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -81,6 +82,13 @@ class ShardIndex:
         self._firsts = np.searchsorted(shards, np.arange(shards[-1] + 1 if len(shards) else 0))
         self._files: dict[int, _File] = {}
         self._sidecar: tuple[int, list[dict[str, Any]]] = (-1, [])
+
+    def fingerprint(self) -> str:
+        """Tells folders of records apart, by where records lie and how long they are."""
+        digest = hashlib.sha256()
+        for array in (self.shards, self.offsets, self.frames):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ShardIndex:

@@ -275,6 +275,22 @@ def test_packages_can_be_left_out(small_corpus, tmp_path, capsys):
     assert "not in the corpus: tolk" in capsys.readouterr().err
 
 
+def test_packages_that_are_there_cannot_be_left_out(small_corpus, tmp_path, capsys):
+    arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
+    debian.main(arguments)
+    licences = (small_corpus / "LICENCES.md").read_text()
+    assert debian.main([*arguments, "--skip", "talk"]) == debian.BAD_USAGE
+    assert "holds talk already" in capsys.readouterr().err
+    assert (small_corpus / "LICENCES.md").read_text() == licences
+
+
+def test_an_interruption_ends_building_the_corpus(small_corpus, tmp_path, monkeypatch):
+    parts = []
+    monkeypatch.setattr(debian.prepare, "main", lambda arguments: parts.append(arguments[0]) or debian.INTERRUPTED)
+    outcome = debian.main([str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"])
+    assert outcome == debian.INTERRUPTED and len(parts) == 1
+
+
 def test_without_apt_building_the_corpus_says_so(small_corpus, tmp_path, no_apt, capsys):
     assert debian.main([str(small_corpus), "--cache", str(tmp_path / "cache")]) == debian.BAD_USAGE
     assert "fetched with apt" in capsys.readouterr().err

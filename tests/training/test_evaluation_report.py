@@ -193,6 +193,13 @@ def test_another_metric_is_not_compared_with_the_papers(tmp_path):
     assert "top1_acc" in results.remarks[0]
 
 
+def test_runs_on_different_states_of_a_task_are_not_compared(tmp_path):
+    for name, fingerprint in {"one": "a", "two": "b"}.items():
+        add_task(add_model(tmp_path, name), "drums-v1.0.0-full", [0.5, 0.6], fingerprint=fingerprint)
+    with pytest.raises(ValueError, match="drums has changed between the models' runs"):
+        compare_others(read_results([tmp_path]))
+
+
 def test_a_copy_of_a_published_model_ranks_with_it(tmp_path):
     add_like(tmp_path, "copy", "AxLSTM-S")
     comparison = compare_hear(read_results([tmp_path]))

@@ -191,6 +191,12 @@ def test_two_processes_that_were_stopped_match_one_on_the_same_global_batch(fami
     assert_close(train(family, shards, run, *more, launcher=TWO_PROCESSES), one)
 
 
+def test_processes_whose_time_is_up_at_different_moments_stop_together(shards, tmp_path):
+    train("axlstm", shards, tmp_path, "max_hours=5e-5", "max_steps=100000", launcher=TWO_PROCESSES)
+    (step,) = checkpoints.steps_saved(tmp_path)
+    assert step < 100000
+
+
 def test_sharing_out_a_model_needs_processes(shards, tmp_path, capsys):
     assert pretrain.main(command("mae", shards, tmp_path, "fsdp=true")[2:]) == 2
     assert "start with torchrun" in capsys.readouterr().err
@@ -233,6 +239,46 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it_saved(shards, 
     assert all(
         tensor.isfinite().all() for tensor in load_file(checkpoints.latest(tmp_path) / "model.safetensors").values()
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "survives"), [((), False), (("precision=float16", "optimizer=muon", "clip_grad=null"), True)]
+)
+def test_a_gradient_that_is_not_finite_does_not_get_into_the_weights(
+    overrides, survives, shards, tmp_path, monkeypatch, capsys
+):
+    """Of float16 it is ordinary: the scaler was too high, and the step is left out."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, limit):
+        parameters = list(parameters)
+        calls.append(limit)
+        if len(calls) == 6:
+            parameters[-1].grad.view(-1)[0] = torch.inf
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    outcome = pretrain.main(command("axlstm", shards, tmp_path, "max_steps=7", *overrides)[2:])
+    assert outcome == (0 if survives else pretrain.NOT_FINITE)
+    assert ("the gradient of step 5 is inf" in capsys.readouterr().err) != survives
+    assert checkpoints.steps_saved(tmp_path) == [7 if survives else 5]
+    assert all(
+        tensor.isfinite().all() for tensor in load_file(checkpoints.latest(tmp_path) / "model.safetensors").values()
+    )
+
+
+def test_a_signal_during_a_step_is_not_forgotten(shards, tmp_path, monkeypatch):
+    config = load_run_config(CONFIGS / "mae_tiny.yaml", small("mae"))
+    trainer = pretrain.Trainer(config, ShardIndex.open(shards), tmp_path, CPU)
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clip_and_signal(*arguments):  # comes after a step has asked whether there was one
+        trainer.stop_requested = trainer.stop_requested or trainer.step == 3
+        return clip(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_signal)
+    assert not trainer.fit()
+    assert checkpoints.steps_saved(tmp_path) == [5]
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -338,6 +384,14 @@ def test_a_run_refuses_to_go_on_with_another_configuration(shards, tmp_path, cap
     assert pretrain.main(command("mae", shards, tmp_path, "log_every=3")[2:]) == 0
 
 
+def test_a_run_refuses_to_go_on_with_other_data(shards, eight_clips, tmp_path, capsys):
+    train("mae", shards, tmp_path / "run", "max_hours=0")
+    assert pretrain.main(command("mae", eight_clips, tmp_path / "run")[2:]) == 2
+    assert "was begun with other records than those of --data" in capsys.readouterr().err
+    shutil.copytree(shards, tmp_path / "moved")
+    assert pretrain.main(command("mae", tmp_path / "moved", tmp_path / "run")[2:]) == 0
+
+
 def test_until_it_cools_down_a_run_can_be_made_longer(shards, tmp_path, capsys):
     straight = train("mae", shards, tmp_path / "straight", "cooldown_steps=4")
     train("mae", shards, tmp_path / "longer", "cooldown_steps=4", "max_steps=8", "max_hours=0")
@@ -376,6 +430,13 @@ def test_weights_exported_as_float16_take_half_the_space_and_cost_little_accurac
     assert all(parameter.dtype == torch.float32 for parameter in models[1].parameters())
     whole, half = (hear_axlstm.get_scene_embeddings(audio, model) for model in models)
     assert 0 < (half - whole).norm() / whole.norm() < 1e-3
+
+
+def test_exporting_needs_no_git(shards, tmp_path, monkeypatch):
+    train("mae", shards, tmp_path / "run", "max_hours=0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert "commit unknown" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_exporting_what_is_no_run_is_an_error(tmp_path, capsys):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -162,6 +163,9 @@ def build(out_dir: Path, cache: Path, skip: Sequence[str], jobs: int) -> int:
     entries = read_manifest()
     if unknown := sorted(set(skip) - {entry.package for entry in entries}):
         raise ValueError(f"not in the corpus: {', '.join(unknown)}")
+    for part, package in itertools.product(PARTS, skip):
+        if (out_dir / "recordings" / part / package).exists():
+            raise ValueError(f"{out_dir} holds {package} already: to do without it, choose another folder")
     entries = [entry for entry in entries if entry.package not in skip]
     check_decoders(entry.recording for entry in entries)
     archive.fetch([entry.package for entry in entries], cache)
@@ -169,12 +173,14 @@ def build(out_dir: Path, cache: Path, skip: Sequence[str], jobs: int) -> int:
     write_licences(entries, cache, out_dir / "LICENCES.md")
     for failure in failed:
         say(PROG, f"failed: {failure}")
-    outcomes = [
-        prepare.main([str(out_dir / "recordings" / part), str(out_dir / "shards" / part), "--jobs", str(jobs)])
-        for part in PARTS
-        if (out_dir / "recordings" / part).is_dir()
-    ]
-    return max([FAILED if failed else 0, *outcomes])
+    outcome = FAILED if failed else 0
+    for part in PARTS:
+        if (out_dir / "recordings" / part).is_dir():
+            arguments = [str(out_dir / "recordings" / part), str(out_dir / "shards" / part), "--jobs", str(jobs)]
+            outcome = max(outcome, prepare.main(arguments))
+            if outcome == INTERRUPTED:
+                break
+    return outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

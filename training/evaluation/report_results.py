@@ -64,6 +64,7 @@ class TaskResult:
     folder: str
     hear: HearTask | None
     metric: str
+    fingerprint: str | None  # of the task's labels and clips
     scores: dict[int, float]  # by seed
     onsets: dict[int, dict[int, float]]  # onset F-measures: tolerance in ms -> seed -> score
     run_seconds: list[float]
@@ -221,6 +222,7 @@ def _read_task(path: Path, where: str, remarks: list[str]) -> TaskResult:
         folder=folder,
         hear=hear,
         metric=metric,
+        fingerprint=details.get("fingerprint"),
         scores=scores,
         onsets=dict(sorted(onsets.items())),
         run_seconds=seconds,

@@ -117,6 +117,8 @@ def _compare(results: Results, title: str, tasks: list[str], published: bool) ->
         found = sorted({result.metric for result in _of(results, task)})
         if len(found) > 1:
             raise ValueError(f"{task} was measured in different metrics: {', '.join(found)}")
+        if len({result.fingerprint for result in _of(results, task)} - {None}) > 1:
+            raise ValueError(f"{task} has changed between the models' runs: evaluate them on the same clips")
         metrics[task] = found[0]
 
     runs = {model: {task: simulated[model][task] for task in tasks} for model in simulated}
