@@ -17,8 +17,9 @@ with an internet connection and apt, are modelled on HEAR's, and go through hear
 
 What makes recordings of one source alike (its microphone, its room, its codec) says nothing about the label, but a
 model that has heard the source finds the label by it: a random split of drum_stroke is 0.83 where this one is 0.65.
-So no source is in two splits, and the validation split is cut from the training side by source too. The tasks are
-small: differences between models want intervals.
+So no source is in two splits, and the validation split is cut from the training side by source too. (Games copy
+sounds from each other: some pairs of everyday_sounds are in packages of two folds.) The tasks are small: differences
+between models want intervals.
 
     sources    recordings by package and path, decoded
     recorded, rendered, speakers, onsets    the tasks, what they leave to chance, and why
