@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hear_encoders.frontend import SAMPLE_RATE
+from hear_encoders.pcm import UNKNOWN_LENGTH
 
 # Frames decoded at a time.
 BLOCK_FRAMES = 1 << 18
@@ -25,7 +26,6 @@ UNREADABLE = (soundfile.LibsndfileError, TypeError, UnicodeEncodeError)
 
 # How libsndfile's log of a WAV says that its samples are not as many bytes as the header claims.
 _WAV_LENGTH = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-_UNKNOWN_LENGTH = 0x7FFFF000  # in a header, this and more: written to a pipe, by a program that could not go back
 
 
 def audio_extensions() -> set[str]:
@@ -85,7 +85,7 @@ def read_audio(path: str | os.PathLike[str]) -> Iterator[Tensor]:
                 warnings.warn(f"{path} is cut short: {frames} of {file.frames} frames are there", stacklevel=3)
             elif length := _WAV_LENGTH.search(file.extra_info):  # here `frames` is what is there
                 claimed, there = int(length[1]), int(length[2])
-                if there < claimed < _UNKNOWN_LENGTH:
+                if there < claimed < UNKNOWN_LENGTH:
                     warnings.warn(f"{path} is cut short: {there} of {claimed} bytes are there", stacklevel=3)
     except UNREADABLE as error:
         raise ValueError(f"{path}: not readable as audio ({getattr(error, 'error_string', error)})") from error

@@ -154,8 +154,9 @@ def _make_plan(options: argparse.Namespace, embedder: Embedder) -> list[int]:
     elif output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and has no {PLAN_FILE}: choose another folder")
     output.mkdir(parents=True, exist_ok=True)
+    settings = _settings(options, embedder, root)
     if parts == 0:  # before all else, so that a planning that is cut short can be begun again
-        write_json(output / PLAN_FILE, {"settings": _settings(options, embedder, root), "parts": 0})
+        write_json(output / PLAN_FILE, {"settings": settings, "parts": 0})
     part, size = [], 0.0
     for file in [*(file for file in files if file.name not in known), None]:
         megabytes = 0.0 if file is None else _size_mb(file.path)
@@ -165,7 +166,7 @@ def _make_plan(options: argparse.Namespace, embedder: Embedder) -> list[int]:
         if file is not None:
             part.append(file.name)
             size += megabytes
-    write_json(output / PLAN_FILE, {"settings": _settings(options, embedder, root), "parts": parts})
+    write_json(output / PLAN_FILE, {"settings": settings, "parts": parts})
     return [number for number in range(parts) if not _record(output, number).exists()]
 
 

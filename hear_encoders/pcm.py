@@ -19,7 +19,7 @@ from hear_encoders.frontend import SAMPLE_RATE
 READ_BYTES = 1 << 16
 
 # Lengths that a WAV from a pipe has in its header, because its writer could not know: 0, and nearly 2 or 4 GiB.
-_UNKNOWN_LENGTH = 0x7FFF_F000
+UNKNOWN_LENGTH = 0x7FFF_F000
 
 # What a pipe of samples does not begin with, but for one in four billion.
 _OTHER_FORMATS = {
@@ -121,7 +121,7 @@ def _read_wav_header(pipe: BinaryIO) -> tuple[PCM, int | None]:
         if name == b"data":
             if pcm is None:
                 raise ValueError("the WAV header has no 'fmt ' before its 'data'")
-            return pcm, None if size == 0 or size >= _UNKNOWN_LENGTH else size
+            return pcm, None if size == 0 or size >= UNKNOWN_LENGTH else size
         if name == b"fmt ":
             pcm = _read_wav_format(_read(pipe, size))
             _read(pipe, size % 2)

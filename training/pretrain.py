@@ -331,7 +331,7 @@ def settle_data(data: JoinedShards, run: Path, write: bool) -> None:
         ValueError: other records than before.
     """
     path = run / DATA_FILE
-    now = [{"records": len(index), "fingerprint": index.fingerprint()} for index in data.indices]
+    now = [index.fingerprint() for index in data.indices]
     if path.exists():
         if now != json.loads(path.read_text(encoding="utf-8")):
             raise ValueError(f"{run} was begun with other records than those of --data; choose another --out")

@@ -87,7 +87,7 @@ class ShardIndex:
         """Tells folders of records apart, by where records lie and how long they are."""
         digest = hashlib.sha256()
         for array in (self.shards, self.offsets, self.frames):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
     @classmethod

@@ -114,10 +114,11 @@ def _compare(results: Results, title: str, tasks: list[str], published: bool) ->
         aggregates.setdefault(row.model, {})[row.paper] = Estimate(*row.aggregate, runs=10)
     metrics = {}
     for task in tasks:
-        found = sorted({result.metric for result in _of(results, task)})
+        measured = _of(results, task)
+        found = sorted({result.metric for result in measured})
         if len(found) > 1:
             raise ValueError(f"{task} was measured in different metrics: {', '.join(found)}")
-        if len({result.fingerprint for result in _of(results, task)} - {None}) > 1:
+        if len({result.fingerprint for result in measured} - {None}) > 1:
             raise ValueError(f"{task} has changed between the models' runs: evaluate them on the same clips")
         metrics[task] = found[0]
 
