@@ -1,4 +1,4 @@
-"""The command: `python -m training.evaluation setup | run | report`."""
+"""The command: `python -m training.evaluation setup | run | report | probe`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED, say
 from training.evaluation import environment
-from training.evaluation.run import Driver, Model, default_label, find_tasks
+from training.evaluation.probe import DEFAULT_CLIPS, can_probe, probe_model
+from training.evaluation.run import Driver, Model, default_label, find_tasks, read_task
 
 PROG = "python -m training.evaluation"
 
@@ -46,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup.add_argument("env", type=Path, nargs="?", default=Path(environment.DEFAULT_ENVIRONMENT), metavar="ENV_DIR")
     _add_run_arguments(commands.add_parser("run", help="embed tasks, train and test the papers' classifiers on them"))
     commands.add_parser("report", help="tables and pictures of results", add_help=False)
+    _add_probe_arguments(commands.add_parser("probe", help="compare weights quickly, on validation clips"))
     options = parser.parse_args(arguments)
-    command = _setup if options.command == "setup" else _run
+    command = {"setup": _setup, "run": _run, "probe": _probe}[options.command]
     try:
         return command(options)
     except KeyboardInterrupt:
@@ -58,10 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_USAGE
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--module", required=True, help="import name of the HEAR module")
-    parser.add_argument("--weights", metavar="PATH_OR_NAME", help="for load_model; default: what the module has")
-    parser.add_argument("--name", metavar="LABEL", help="name in the results; default: from module, weights, options")
     parser.add_argument(
         "--option",
         action="append",
@@ -72,6 +72,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tasks-dir", required=True, type=Path, metavar="TASKS", help="folder of HEAR task folders")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these folders")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_common_arguments(parser)
+    parser.add_argument("--weights", metavar="PATH_OR_NAME", help="for load_model; default: what the module has")
+    parser.add_argument("--name", metavar="LABEL", help="name in the results; default: from module, weights, options")
     parser.add_argument("--out", required=True, type=Path, metavar="RESULTS", help="folder for LABEL/TASK/...")
     parser.add_argument("--seeds", type=_at_least_1, default=10, metavar="N", help="seeds 0..N-1; default: %(default)s")
     parser.add_argument("--jobs", type=_at_least_1, default=1, metavar="N", help="processes at once, sharing the cores")
@@ -82,6 +88,16 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path(environment.DEFAULT_ENVIRONMENT),
         metavar="ENV_DIR",
         help="environment made by setup; default: %(default)s",
+    )
+
+
+def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_common_arguments(parser)
+    parser.add_argument(
+        "--weights", nargs="+", metavar="PATH_OR_NAME", help="to compare; default: what the module has, alone"
+    )
+    parser.add_argument(
+        "--clips", type=_at_least_1, default=DEFAULT_CLIPS, help="at most so many of a split; default: %(default)s"
     )
 
 
@@ -109,6 +125,25 @@ def _run(options: argparse.Namespace) -> int:
     if failures:
         return FAILED
     print(f"{driver.results.folder}: {len(folders)} tasks, {options.seeds} seeds")
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    tasks = [read_task(folder) for folder in find_tasks(options.tasks_dir, options.tasks)]
+    left_out = [task.name for task in tasks if not can_probe(task)]
+    tasks = [task for task in tasks if can_probe(task)]
+    if left_out:
+        say(PROG, f"left out, not scored by accuracy on whole clips: {', '.join(left_out)}")
+    if not tasks:
+        raise ValueError(f"{options.tasks_dir}: no task to probe")
+    print(" | ".join(["", *(task.facts["task"] for task in tasks), "mean"]))
+    print("|".join(["---", *["--:"] * (len(tasks) + 1)]))
+    for weights in options.weights or [None]:
+        scores = [
+            100 * score for score in probe_model(options.module, weights, dict(options.option), tasks, options.clips)
+        ]
+        shown = [f"{score:.1f}" for score in [*scores, sum(scores) / len(scores)]]
+        print(" | ".join([options.module if weights is None else weights, *shown]), flush=True)
     return 0
 
 
