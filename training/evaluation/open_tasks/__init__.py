@@ -7,7 +7,7 @@ with an internet connection and apt, are modelled on HEAR's, and go through hear
 
     task               modelled on                        classes, clips      split
     drum_stroke        Mridangam stroke, Beijing opera    8, 724              5 folds by kit maker
-    everyday_sounds    ESC-50                             12, 670             4 folds by package
+    everyday_sounds    ESC-50                             12, 661             4 folds by package
     pitch              NSynth pitch 5h                    48, about 1700      by sound font and instrument
     instrument_family  NSynth families                    10, about 3800      by sound font
     spoken_words       Speech Commands                    84, 335             4 folds by speaker
@@ -17,9 +17,9 @@ with an internet connection and apt, are modelled on HEAR's, and go through hear
 
 What makes recordings of one source alike (its microphone, its room, its codec) says nothing about the label, but a
 model that has heard the source finds the label by it: a random split of drum_stroke is 0.83 where this one is 0.65.
-So no source is in two splits, and the validation split is cut from the training side by source too. (Games copy
-sounds from each other: some pairs of everyday_sounds are in packages of two folds.) The tasks are small: differences
-between models want intervals.
+So no source is in two splits, and the validation split is cut from the training side by source too. Games copy sounds
+from each other: of everyday_sounds those are left out that are also in a package of another fold. The tasks are small:
+differences between models want intervals.
 
     sources    recordings by package and path, decoded
     recorded, rendered, speakers, onsets    the tasks, what they leave to chance, and why
