@@ -51,6 +51,8 @@ class RunConfig:
         weight_decay: none on biases, norms and other parameters of one dimension.
         beta1, beta2: of AdamW.
         clip_grad: largest gradient norm; None does not clip.
+        start_from: weights to begin with, instead of random ones: the directory of a run with the same encoder, or
+            what `load_model` takes. What predicts is taken too where it is that of a run with the same decoder.
         precision: of the forward pass; autocast where not float32.
         compile: run the model through torch.compile.
         fsdp: share out the model over the processes (FSDP2) rather than keep it whole in each of them.
@@ -84,6 +86,7 @@ class RunConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_grad: float | None = None
+    start_from: str | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
     fsdp: bool = False

@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hear_encoders.allocator import keep_freed_memory
 from hear_encoders.atomic import write_json
+from hear_encoders.checkpoint import load_checkpoint, resolve
 from hear_encoders.cli import BAD_USAGE
 from training import checkpoints
 from training.config import RunConfig, learning_rate_factor, load_run_config, run_config_from_dict
@@ -108,7 +109,10 @@ class Trainer:
             raise ValueError("fsdp does not go with optimizer = muon, which needs whole matrices; use adamw")
         if config.fsdp and not dist.is_initialized():
             raise ValueError("fsdp = true needs processes to share the model: start with torchrun")
-        self.model = build_model(config).to(place.device)
+        self.model = build_model(config)
+        if config.start_from is not None and checkpoints.latest(run) is None:
+            begin_with(self.model, config)
+        self.model.to(place.device)
         if config.fsdp:
             shard(self.model, place)
         self.optimizers = build_optimizers(self.model, config, place.device)
@@ -271,6 +275,34 @@ class Trainer:
             predicted = self.pictured.predict(self.model, place.device)
             if log is not None:
                 log.add_picture(self.step, self.pictured.figure(predicted, f"{self.run.name}, step {self.step}"))
+
+
+def begin_with(model: MaskedAutoencoder | MaskedModel, config: RunConfig) -> None:
+    """Replace a new model's weights by those that `config.start_from` names.
+
+    Raises:
+        FileNotFoundError: nothing there, or a run without a checkpoint.
+        ValueError: weights of another encoder, or damaged ones.
+    """
+    run = Path(config.start_from)
+    if (run / CONFIG_FILE).is_file():
+        begun, newest = read_run_config(run), checkpoints.latest(run)
+        if newest is None:
+            raise FileNotFoundError(f"start_from: {run} has no checkpoint yet")
+        tensors, _ = checkpoints.load(newest)
+        encoder_config, whole, source = begun.encoder, begun.decoder == config.decoder, str(newest)
+    else:
+        encoder = load_checkpoint(resolve(config.start_from))
+        tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+        encoder_config, whole, source = encoder.config, False, config.start_from
+    for field in dataclasses.fields(config.encoder):
+        got, expected = getattr(encoder_config, field.name, None), getattr(config.encoder, field.name)
+        if got != expected:
+            raise ValueError(f"start_from: the encoder of {source} has {field.name} = {got!r}, this run {expected!r}")
+    if not whole:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
+    model.load_state_dict(tensors, strict=whole)
+    logger.info("begun with %s from %s", "all weights" if whole else "the encoder", source)
 
 
 def shard(model: MaskedAutoencoder | MaskedModel, place: Place) -> None:

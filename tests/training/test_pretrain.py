@@ -101,6 +101,12 @@ def train(family, shards, out, *overrides, launcher=(sys.executable,)):
     return load_file(checkpoints.latest(out) / "model.safetensors")
 
 
+def train_here(family, shards, out, *overrides):
+    """As `train`, in this process."""
+    assert pretrain.main(command(family, shards, out, *overrides)[2:]) == 0
+    return load_file(checkpoints.latest(out) / "model.safetensors")
+
+
 def read_log(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -113,6 +119,65 @@ def assert_same_bits(one, other):
 def assert_close(weights, expected):
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-5)
+
+
+# ---- weights to begin with ----
+
+
+def test_a_run_begins_where_another_one_ended(shards, tmp_path):
+    train_here("audiomaepp", shards, tmp_path / "first", "max_steps=4")
+    begun = command("audiomaepp", shards, tmp_path / "second", f"start_from={tmp_path / 'first'}", "mask_ratio=0.5")
+    assert pretrain.main([*begun[2:], "base_lr=0"]) == 0
+    first, second = (load_file(checkpoints.latest(tmp_path / run) / "model.safetensors") for run in ("first", "second"))
+    assert_same_bits(second, first)
+
+
+def test_a_run_begins_with_an_exported_encoder_and_predicts_anew(shards, tmp_path):
+    weights = train_here("axlstm", shards, tmp_path / "first", "max_steps=4")
+    export.export(tmp_path / "first", tmp_path / "weights")
+    begun = train_here(
+        "axlstm", shards, tmp_path / "second", f"start_from={tmp_path / 'weights'}", "seed=1", "base_lr=0"
+    )
+    differing = [name for name in weights if not torch.equal(weights[name], begun[name])]
+    assert differing and not [name for name in differing if name.startswith("encoder.")]
+
+
+def test_a_run_with_another_decoder_takes_the_encoder_only(shards, tmp_path):
+    weights = train_here("mae", shards, tmp_path / "first", "max_steps=4")
+    start = f"start_from={tmp_path / 'first'}"
+    begun = train_here("mae", shards, tmp_path / "second", start, "decoder.dim=16", "base_lr=0")
+    assert begun["decoder.norm.weight"].shape == (16,)
+    encoder = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+    assert_same_bits({name: begun[name] for name in encoder}, encoder)
+
+
+def test_a_run_that_goes_on_does_not_begin_again(shards, tmp_path):
+    train_here("axlstm", shards, tmp_path / "first", "max_steps=4")
+    start = f"start_from={tmp_path / 'first'}"
+    whole = train_here("axlstm", shards, tmp_path / "whole", start)
+    train_here("axlstm", shards, tmp_path / "parts", start, "max_hours=0")
+    shutil.rmtree(tmp_path / "first")  # not needed any more
+    assert checkpoints.latest(tmp_path / "parts").name == "checkpoint-00000001"
+    parts = train_here("axlstm", shards, tmp_path / "parts", start)
+    assert_same_bits(parts, whole)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["start_from=nowhere"], "nowhere: no such file or directory"),
+        (["start_from={run}", "encoder.depth=2"], "has depth = 1, this run 2"),
+        (["start_from={empty}"], "has no checkpoint yet"),
+    ],
+)
+def test_weights_that_cannot_be_begun_with_are_refused(overrides, message, shards, tmp_path, capsys):
+    train_here("axlstm", shards, tmp_path / "run", "max_steps=2", "warmup_steps=1")
+    (tmp_path / "empty").mkdir()
+    shutil.copy(tmp_path / "run" / "run.json", tmp_path / "empty")
+    places = {"run": tmp_path / "run", "empty": tmp_path / "empty"}
+    overrides = [override.format(**places) for override in overrides]
+    assert pretrain.main(command("axlstm", shards, tmp_path / "second", *overrides)[2:]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
