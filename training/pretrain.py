@@ -42,6 +42,7 @@ from training.config import RunConfig, learning_rate_factor, load_run_config, ru
 from training.data import RowBatches, crop_loader, run_crops
 from training.flops import matmul_rate
 from training.held_out import FixedCrops
+from training.locks import locked
 from training.masking import Masking, masking_noise, random_masking
 from training.objectives import MaskedAutoencoder, MaskedModel, autocast, build_model, count_clip_flop
 from training.optimizers import build_optimizers
@@ -396,29 +397,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     place = join_processes(options.device)
     logging.basicConfig(level=logging.INFO if place.leads else logging.WARNING, format="%(message)s", stream=sys.stdout)
-    try:
-        config = load_run_config(options.config, options.overrides)
-        if options.max_hours is not None:
-            config = dataclasses.replace(config, max_hours=options.max_hours)
-        settle_config(config, options.out, write=place.leads)
-        held_out = None if options.held_out is None else ShardIndex.open(options.held_out)
-        data = JoinedShards([ShardIndex.open(path) for path in options.data])
-        settle_data(data, options.out, write=place.leads)
-        trainer = Trainer(config, data, options.out, place, held_out)
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return BAD_USAGE
+    with contextlib.ExitStack() as held:
+        try:
+            config = load_run_config(options.config, options.overrides)
+            if options.max_hours is not None:
+                config = dataclasses.replace(config, max_hours=options.max_hours)
+            settle_config(config, options.out, write=place.leads)
+            if place.leads:
+                held.enter_context(locked(options.out, shared_with_children=False))
+            held_out = None if options.held_out is None else ShardIndex.open(options.held_out)
+            data = JoinedShards([ShardIndex.open(path) for path in options.data])
+            settle_data(data, options.out, write=place.leads)
+            trainer = Trainer(config, data, options.out, place, held_out)
+        except (OSError, ValueError) as error:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return BAD_USAGE
 
-    def stop(*_: object) -> None:
-        trainer.stop_requested = True
+        def stop(*_: object) -> None:
+            trainer.stop_requested = True
 
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sign, stop)
-    try:
-        finished = trainer.fit()
-    except FloatingPointError as error:
-        print(f"{parser.prog}: error: {error}; the state before it is saved", file=sys.stderr)
-        return NOT_FINITE
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, stop)
+        try:
+            finished = trainer.fit()
+        except FloatingPointError as error:
+            print(f"{parser.prog}: error: {error}; the state before it is saved", file=sys.stderr)
+            return NOT_FINITE
     if place.processes > 1:
         dist.barrier()  # a process that left while another still talks to it would end both with an error
         dist.destroy_process_group()

@@ -226,6 +226,24 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(sha
     assert [line["step"] for line in read_log(tmp_path / "killed")] == [10, 20, 30, 40, 50, 60]
 
 
+def test_a_second_command_on_a_run_is_refused_until_the_first_is_dead(shards, tmp_path, capsys):
+    overrides = ["max_steps=100000", "workers=1", "max_hours=0"]
+    first = subprocess.Popen(
+        [sys.executable, *command("mae", shards, tmp_path / "run", *overrides[:2])],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert first.stdout.readline()  # it trains, and its worker reads
+        assert pretrain.main(command("mae", shards, tmp_path / "run", *overrides)[2:]) == 2
+        assert "another run is writing" in capsys.readouterr().err
+    finally:
+        first.kill()
+        first.wait()
+    train_here("mae", shards, tmp_path / "run", *overrides)  # at once: the worker that was left does not hold it
+
+
 @pytest.mark.parametrize(
     ("family", "optimizer"), [*((family, "adamw") for family in FAMILIES), ("axlstm", "muon"), ("mae", "muon")]
 )
