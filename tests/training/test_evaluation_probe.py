@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from training.evaluation import __main__ as command
-from training.evaluation.probe import fit_linear, probe
+from training.evaluation.probe import fit_linear, probe, probe_model
 from training.evaluation.run import read_task
 
 RATE = 16000
@@ -103,6 +103,15 @@ def test_a_task_without_audio_at_the_models_rate_is_an_error(tmp_path):
         probe(read_task(folder), nothing, 48000)
 
 
+def test_averaging_all_of_an_embedding_leaves_nothing_to_tell_bands_by(tmp_path):
+    folder = make_task(tmp_path / "tones", ["train", "valid", "test"])
+    scores = [
+        probe_model("training.evaluation.baselines", None, {}, [read_task(folder)], 12, average)[0]
+        for average in (1, 2, 160)
+    ]
+    assert scores[0] == 1 and scores[0] >= scores[1] > scores[2]
+
+
 def test_the_linear_classifier_is_the_minimum_of_its_loss():
     generator = torch.Generator().manual_seed(0)
     rows, labels = torch.randn(60, 5, generator=generator), torch.randint(3, (60,), generator=generator)
@@ -124,5 +133,7 @@ def test_the_command_prints_a_row_per_model_and_says_what_it_leaves_out(tmp_path
     printed = capsys.readouterr()
     assert printed.out.splitlines()[2] == "training.evaluation.baselines | 100.0 | 100.0"
     assert "left out" in printed.err and "onsets" in printed.err
+    assert command.main([*arguments, "--average", "7"]) == 2
+    assert "160 numbers do not have 7 equal parts" in capsys.readouterr().err
     assert command.main([*arguments, "--tasks", "onsets"]) == 2
     assert "no task to probe" in capsys.readouterr().err

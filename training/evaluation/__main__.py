@@ -99,6 +99,13 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clips", type=_at_least_1, default=DEFAULT_CLIPS, help="at most so many of a split; default: %(default)s"
     )
+    parser.add_argument(
+        "--average",
+        type=_at_least_1,
+        default=1,
+        metavar="PARTS",
+        help="of each embedding; 5 averages our rows of bands",
+    )
 
 
 def _setup(options: argparse.Namespace) -> int:
@@ -140,7 +147,10 @@ def _probe(options: argparse.Namespace) -> int:
     print("|".join(["---", *["--:"] * (len(tasks) + 1)]))
     for weights in options.weights or [None]:
         scores = [
-            100 * score for score in probe_model(options.module, weights, dict(options.option), tasks, options.clips)
+            100 * score
+            for score in probe_model(
+                options.module, weights, dict(options.option), tasks, options.clips, options.average
+            )
         ]
         shown = [f"{score:.1f}" for score in [*scores, sum(scores) / len(scores)]]
         print(" | ".join([options.module if weights is None else weights, *shown]), flush=True)

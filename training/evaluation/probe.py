@@ -37,15 +37,26 @@ def can_probe(task: Task) -> bool:
 
 
 def probe_model(
-    module: str, weights: str | None, options: dict[str, Any], tasks: Iterable[Task], clips: int
+    module: str, weights: str | None, options: dict[str, Any], tasks: Iterable[Task], clips: int, average: int = 1
 ) -> list[float]:
-    """Load a HEAR module's model, and `probe` it on each task."""
+    """Load a HEAR module's model, and `probe` it on each task.
+
+    Args:
+        average: take the mean of so many equal parts of each embedding. Ours are of the rows of bands, five of them
+            side by side: 5 shows what keeping them apart is worth.
+
+    Raises:
+        ValueError: embeddings do not have so many equal parts.
+    """
     hear = importlib.import_module(module)
     model = hear.load_model(*([] if weights is None else [weights]), **options)
 
     @torch.no_grad()
     def embed(audio: Tensor) -> Tensor:
-        return hear.get_scene_embeddings(audio, model)
+        embeddings = hear.get_scene_embeddings(audio, model)
+        if embeddings.shape[1] % average:
+            raise ValueError(f"embeddings of {embeddings.shape[1]} numbers do not have {average} equal parts")
+        return embeddings.unflatten(1, (average, -1)).mean(1)
 
     return [probe(task, embed, model.sample_rate, clips) for task in tasks]
 
