@@ -146,13 +146,9 @@ def _probe(options: argparse.Namespace) -> int:
     print(" | ".join(["", *(task.facts["task"] for task in tasks), "mean"]))
     print("|".join(["---", *["--:"] * (len(tasks) + 1)]))
     for weights in options.weights or [None]:
-        scores = [
-            100 * score
-            for score in probe_model(
-                options.module, weights, dict(options.option), tasks, options.clips, options.average
-            )
-        ]
-        shown = [f"{score:.1f}" for score in [*scores, sum(scores) / len(scores)]]
+        keywords = dict(options.option)
+        scores = probe_model(options.module, weights, keywords, tasks, options.clips, options.average)
+        shown = [f"{100 * score:.1f}" for score in [*scores, sum(scores) / len(scores)]]
         print(" | ".join([options.module if weights is None else weights, *shown]), flush=True)
     return 0
 
