@@ -457,7 +457,7 @@ def test_a_clips_flop_are_those_of_the_matmuls():
 def test_checkpoints_are_kept_as_asked(shards, tmp_path):
     train("mae", shards, tmp_path, "save_every=1", "keep_last=2", "milestone_every=5")
     assert checkpoints.steps_saved(tmp_path) == [5, 10, 11, 12]
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
 
 
 def test_a_run_refuses_to_go_on_with_another_configuration(shards, tmp_path, capsys):
