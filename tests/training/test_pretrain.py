@@ -93,17 +93,14 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])}
 
 
-def train(family, shards, out, *overrides, launcher=(sys.executable,)):
-    result = subprocess.run(
-        [*launcher, *command(family, shards, out, *overrides)], env=environment(), capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return load_file(checkpoints.latest(out) / "model.safetensors")
-
-
-def train_here(family, shards, out, *overrides):
-    """As `train`, in this process."""
-    assert pretrain.main(command(family, shards, out, *overrides)[2:]) == 0
+def train(family, shards, out, *overrides, launcher=None):
+    """Run the command, in this process or in others that `launcher` starts; return the weights of its end."""
+    arguments = command(family, shards, out, *overrides)
+    if launcher is None:
+        assert pretrain.main(arguments[2:]) == 0
+    else:
+        result = subprocess.run([*launcher, *arguments], env=environment(), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
     return load_file(checkpoints.latest(out) / "model.safetensors")
 
 
@@ -125,7 +122,7 @@ def assert_close(weights, expected):
 
 
 def test_a_run_begins_where_another_one_ended(shards, tmp_path):
-    train_here("audiomaepp", shards, tmp_path / "first", "max_steps=4")
+    train("audiomaepp", shards, tmp_path / "first", "max_steps=4")
     begun = command("audiomaepp", shards, tmp_path / "second", f"start_from={tmp_path / 'first'}", "mask_ratio=0.5")
     assert pretrain.main([*begun[2:], "base_lr=0"]) == 0
     first, second = (load_file(checkpoints.latest(tmp_path / run) / "model.safetensors") for run in ("first", "second"))
@@ -133,32 +130,30 @@ def test_a_run_begins_where_another_one_ended(shards, tmp_path):
 
 
 def test_a_run_begins_with_an_exported_encoder_and_predicts_anew(shards, tmp_path):
-    weights = train_here("axlstm", shards, tmp_path / "first", "max_steps=4")
+    weights = train("axlstm", shards, tmp_path / "first", "max_steps=4")
     export.export(tmp_path / "first", tmp_path / "weights")
-    begun = train_here(
-        "axlstm", shards, tmp_path / "second", f"start_from={tmp_path / 'weights'}", "seed=1", "base_lr=0"
-    )
+    begun = train("axlstm", shards, tmp_path / "second", f"start_from={tmp_path / 'weights'}", "seed=1", "base_lr=0")
     differing = [name for name in weights if not torch.equal(weights[name], begun[name])]
     assert differing and not [name for name in differing if name.startswith("encoder.")]
 
 
 def test_a_run_with_another_decoder_takes_the_encoder_only(shards, tmp_path):
-    weights = train_here("mae", shards, tmp_path / "first", "max_steps=4")
+    weights = train("mae", shards, tmp_path / "first", "max_steps=4")
     start = f"start_from={tmp_path / 'first'}"
-    begun = train_here("mae", shards, tmp_path / "second", start, "decoder.dim=16", "base_lr=0")
+    begun = train("mae", shards, tmp_path / "second", start, "decoder.dim=16", "base_lr=0")
     assert begun["decoder.norm.weight"].shape == (16,)
     encoder = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
     assert_same_bits({name: begun[name] for name in encoder}, encoder)
 
 
 def test_a_run_that_goes_on_does_not_begin_again(shards, tmp_path):
-    train_here("axlstm", shards, tmp_path / "first", "max_steps=4")
+    train("axlstm", shards, tmp_path / "first", "max_steps=4")
     start = f"start_from={tmp_path / 'first'}"
-    whole = train_here("axlstm", shards, tmp_path / "whole", start)
-    train_here("axlstm", shards, tmp_path / "parts", start, "max_hours=0")
+    whole = train("axlstm", shards, tmp_path / "whole", start)
+    train("axlstm", shards, tmp_path / "parts", start, "max_hours=0")
     shutil.rmtree(tmp_path / "first")  # not needed any more
     assert checkpoints.latest(tmp_path / "parts").name == "checkpoint-00000001"
-    parts = train_here("axlstm", shards, tmp_path / "parts", start)
+    parts = train("axlstm", shards, tmp_path / "parts", start)
     assert_same_bits(parts, whole)
 
 
@@ -171,7 +166,7 @@ def test_a_run_that_goes_on_does_not_begin_again(shards, tmp_path):
     ],
 )
 def test_weights_that_cannot_be_begun_with_are_refused(overrides, message, shards, tmp_path, capsys):
-    train_here("axlstm", shards, tmp_path / "run", "max_steps=2", "warmup_steps=1")
+    train("axlstm", shards, tmp_path / "run", "max_steps=2", "warmup_steps=1")
     (tmp_path / "empty").mkdir()
     shutil.copy(tmp_path / "run" / "run.json", tmp_path / "empty")
     places = {"run": tmp_path / "run", "empty": tmp_path / "empty"}
@@ -241,7 +236,7 @@ def test_a_second_command_on_a_run_is_refused_until_the_first_is_dead(shards, tm
     finally:
         first.kill()
         first.wait()
-    train_here("mae", shards, tmp_path / "run", *overrides)  # at once: the worker that was left does not hold it
+    train("mae", shards, tmp_path / "run", *overrides)  # at once: the worker that was left does not hold it
 
 
 @pytest.mark.parametrize(
