@@ -60,20 +60,6 @@ def test_a_task_with_splits_is_scored_on_valid_and_its_test_clips_are_not_read(t
     assert probe(read_task(folder), nothing, RATE) == pytest.approx(1 / 3)
 
 
-def test_a_kfold_task_is_scored_on_all_folds_but_the_first_which_is_not_read(tmp_path):
-    folds = ["fold0", "fold1", "fold2", "fold3"]
-    folder = make_task(tmp_path / "tones", folds, split_mode="presplit_kfold")
-    shutil.rmtree(folder / str(RATE) / "fold0")
-    seen = []
-
-    def embed(audio: torch.Tensor) -> torch.Tensor:
-        seen.append(len(audio))
-        return loudness_of_bands(audio)
-
-    assert probe(read_task(folder), embed, RATE) == 1
-    assert sum(seen) == 3 * 12  # each clip is embedded once
-
-
 def test_labels_that_have_nothing_to_do_with_the_audio_are_not_found(tmp_path):
     folder = make_task(tmp_path / "tones", ["train", "valid", "test"], clips=30)
     labels = json.loads((folder / "valid.json").read_text())
@@ -128,12 +114,17 @@ def test_the_linear_classifier_is_the_minimum_of_its_loss():
 def test_the_command_prints_a_row_per_model_and_says_what_it_leaves_out(tmp_path, capsys):
     make_task(tmp_path / "tones", ["train", "valid", "test"])
     make_task(tmp_path / "onsets", ["train", "valid", "test"], embedding_type="event")
+    make_task(tmp_path / "folded", ["fold0", "fold1"], split_mode="presplit_kfold")  # tests on every clip
     arguments = ["probe", "--module", "training.evaluation.baselines", "--tasks-dir", str(tmp_path)]
     assert command.main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[2] == "training.evaluation.baselines | 100.0 | 100.0"
-    assert "left out" in printed.err and "onsets" in printed.err
+    assert "left out" in printed.err and "folded, onsets" in printed.err
     assert command.main([*arguments, "--average", "7"]) == 2
     assert "160 numbers do not have 7 equal parts" in capsys.readouterr().err
     assert command.main([*arguments, "--tasks", "onsets"]) == 2
     assert "no task to probe" in capsys.readouterr().err
+    assert command.main([*arguments, "--module", "hear_axlstm", "--option", "framng=exact"]) == 2
+    assert "hear_axlstm could not be loaded with options {'framng': 'exact'}" in capsys.readouterr().err
+    assert command.main([*arguments, "--module", "no_such_module"]) == 2
+    assert "No module named 'no_such_module'" in capsys.readouterr().err

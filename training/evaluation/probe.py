@@ -1,9 +1,8 @@
 """A quick look at weights while choices are still open: a linear classifier on validation clips, in a minute or two.
 
 `run` is for results: it trains the papers' classifiers for hours and scores them on test splits, which no choice may
-rest on. This fits logistic regression on scene embeddings, and scores it on clips that are for validation: of tasks
-with such a split that one; of k-fold tasks, where every fold is tested on once, each fold but the first, by a
-classifier fitted on the others (the first is left alone).
+rest on. This fits logistic regression on scene embeddings of a task's "train", and scores it on "valid". Tasks of k
+folds are not for it: each of their clips is tested on once.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import soundfile
@@ -32,8 +31,8 @@ SceneEmbeddings = Callable[[Tensor], Tensor]
 
 
 def can_probe(task: Task) -> bool:
-    """Whether each clip of a task has one embedding and one label."""
-    return task.facts["embedding_type"] == "scene" and task.facts["metric"] in METRICS
+    """Whether each clip of a task has one embedding and one label, and some clips are for validation alone."""
+    return task.facts["embedding_type"] == "scene" and task.facts["metric"] in METRICS and not task.kfold
 
 
 def probe_model(
@@ -46,10 +45,14 @@ def probe_model(
             side by side: 5 shows what keeping them apart is worth.
 
     Raises:
-        ValueError: embeddings do not have so many equal parts.
+        ValueError: the module or its model could not be loaded, or embeddings do not have so many equal parts.
+        FileNotFoundError: no such weights, or a task has no audio at the model's rate.
     """
-    hear = importlib.import_module(module)
-    model = hear.load_model(*([] if weights is None else [weights]), **options)
+    try:
+        hear = importlib.import_module(module)
+        model = hear.load_model(*([] if weights is None else [weights]), **options)
+    except (ImportError, TypeError) as error:  # a name mistyped: of the module, or of an option
+        raise ValueError(f"{module} could not be loaded with options {options}: {error}") from error
 
     @torch.no_grad()
     def embed(audio: Tensor) -> Tensor:
@@ -72,18 +75,13 @@ def probe(task: Task, embed: SceneEmbeddings, sample_rate: int, clips: int = DEF
     Raises:
         FileNotFoundError: the task has no audio at that rate.
     """
-    splits = [_embed_split(task, split, embed, clips, sample_rate) for split in _splits(task)]
-    vocabulary = sorted({label for _, labels in splits for label in labels})
-    data = [(embeddings, torch.tensor([vocabulary.index(label) for label in labels])) for embeddings, labels in splits]
-    tested = range(len(data)) if task.kfold else [1]
-    right = total = 0
-    for index in tested:
-        fitted = [split for other, split in enumerate(data) if other != index]
-        embeddings, labels = data[index]
-        classify = fit_linear(*(torch.cat(part) for part in zip(*fitted)), len(vocabulary))
-        right += int((classify(embeddings).argmax(-1) == labels).sum())
-        total += len(labels)
-    return right / total
+    (rows, names), (valid_rows, valid_names) = (
+        _embed_split(task, split, embed, clips, sample_rate) for split in ("train", "valid")
+    )
+    vocabulary = sorted({*names, *valid_names})
+    classify = fit_linear(rows, torch.tensor([vocabulary.index(name) for name in names]), len(vocabulary))
+    found = [vocabulary[index] for index in classify(valid_rows).argmax(-1)]
+    return sum(one == other for one, other in zip(found, valid_names)) / len(valid_names)
 
 
 def fit_linear(embeddings: Tensor, labels: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
@@ -115,10 +113,6 @@ def fit_linear(embeddings: Tensor, labels: Tensor, classes: int) -> Callable[[Te
     optimizer.step(loss)
     weight, bias = weight.detach(), bias.detach()
     return lambda rows: standardise(rows) @ weight + bias
-
-
-def _splits(task: Task) -> Sequence[str]:
-    return task.splits[1:] if task.kfold else ("train", "valid")
 
 
 def _embed_split(
