@@ -17,7 +17,7 @@ from training.evaluation import aggregate as scores
 from training.evaluation import report
 from training.evaluation.report_page import page
 from training.evaluation.report_results import HEAR_TASKS, read_results
-from training.evaluation.report_tables import compare_hear, compare_others, markdown, summary, tables, text
+from training.evaluation.report_tables import TABLE_NAMES, compare_hear, compare_others, markdown, summary, tables, text
 
 HEAR_FOLDERS = {
     "BO": "beijing_opera-v1.0-hear2021-full",
@@ -408,6 +408,9 @@ def test_tasks_restricts_and_unknown_ones_are_named(tmp_path, capsys):
     content = (out / "report.md").read_text(encoding="utf-8")
     assert "2 of the ten HEAR tasks (BO, CD)" in content
     assert "pitch" not in content
+    assert report.main([str(tmp_path), "--out", str(out), "--tasks", "pitch"]) == 0  # leaves no table of the one before
+    kept = {path.stem for path in out.glob("*.csv")}
+    assert "others_scores" in kept and not any(name.startswith("hear") for name in kept) and kept < set(TABLE_NAMES)
     capsys.readouterr()
     assert report.main([str(tmp_path), "--tasks", "BO", "nonsense"]) == 2
     error = capsys.readouterr().err

@@ -249,6 +249,23 @@ def test_another_model_does_not_get_the_same_label(bench):
         bench.run(module="another_module")
 
 
+def test_other_weights_of_a_model_that_is_not_torchs_do_not_get_the_same_label(bench):
+    bench.kit.write_text(FAKE_KIT.replace('"fingerprint": a["module"]', '"fingerprint": None'))
+    kit = [sys.executable, "-S", str(bench.kit)]
+    one, other = (Model("some", "some_module", f"{folder}/model.h5", {}) for folder in "ab")
+    assert Driver(one, bench.results, kit, 1, bench.lines.append).run(find_tasks(bench.tasks), range(1)) == []
+    with pytest.raises(ValueError, match=r"weights a/model.h5, not b/model.h5.*another --name"):
+        Driver(other, bench.results, kit, 1, bench.lines.append).run(find_tasks(bench.tasks), range(2))
+
+
+def test_going_on_with_other_versions_is_said(bench):
+    bench.run()
+    assert not any("those to come" in line for line in bench.lines)
+    bench.kit.write_text(FAKE_KIT.replace('{"torch": "2"}', '{"torch": "3"}'))
+    bench.run(seeds=3)
+    assert bench.lines[0] == "some: results there are of torch 2, those to come of 3"
+
+
 def test_two_drivers_do_not_work_on_the_same_results(bench, monkeypatch):
     bench.run()
     monkeypatch.setattr("training.evaluation.run.LOCK_WAIT_S", 0.3)
@@ -356,6 +373,14 @@ def test_a_test_without_any_detected_event_scores_0(read):
         "test_event_onset_200ms_fms_f_measure": NaN, "test_event_onset_200ms_fms_precision": NaN}}"""
     score, scores = read(results, embedding_type="event", evaluation=["event_onset_200ms_fms"])
     assert score == 0.0 and scores["event_onset_200ms_fms_precision"] is None
+
+
+def test_a_fold_without_any_detected_event_counts_as_0(read):
+    results = """{"fold0": {"test_event_onset_200ms_fms": 0.4}, "fold1": {"test_event_onset_200ms_fms": NaN},
+        "fold2": {"test_event_onset_200ms_fms": 0.2}, "aggregated_scores": {"test_event_onset_200ms_fms_mean": 0.3}}"""
+    fields = {"split_mode": "presplit_kfold", "splits": ["fold0", "fold1", "fold2"], "embedding_type": "event"}
+    score, _ = read(results, evaluation=["event_onset_200ms_fms"], **fields)
+    assert score == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("value", ["Infinity", "NaN"])

@@ -140,7 +140,8 @@ def _probe(options: argparse.Namespace) -> int:
     left_out = [task.name for task in tasks if not can_probe(task)]
     tasks = [task for task in tasks if can_probe(task)]
     if left_out:
-        say(PROG, f"left out, without clips for validation alone or not scored by accuracy on whole clips: {', '.join(left_out)}")
+        why = "without clips for validation alone, or not scored by accuracy on whole clips"
+        say(PROG, f"left out, {why}: {', '.join(left_out)}")
     if not tasks:
         raise ValueError(f"{options.tasks_dir}: no task to probe")
     print(" | ".join(["", *(task.facts["task"] for task in tasks), "mean"]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from hear_encoders.atomic import atomic_write
 from training.evaluation.report_page import page
 from training.evaluation.report_results import Results, read_results
-from training.evaluation.report_tables import comma_separated, escape_markdown, markdown, places, tables
+from training.evaluation.report_tables import TABLE_NAMES, comma_separated, escape_markdown, markdown, places, tables
 
 PAGE_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
@@ -37,6 +37,9 @@ def write_report(results: Results, out: Path) -> None:
     for name, content in files.items():
         with atomic_write(out / name) as file:
             file.write(content.encode())
+    for name in TABLE_NAMES:  # an earlier report of other results may have had more tables
+        if f"{name}.csv" not in files:
+            (out / f"{name}.csv").unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

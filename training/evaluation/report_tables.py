@@ -27,6 +27,13 @@ from training.evaluation.report_results import HEAR_TASKS, Results, TaskResult
 
 Cell = str | int | float | Estimate | None
 
+COMPARISONS = ("hear", "others")
+TABLE_NAMES = (
+    "models",
+    *(f"{comparison}_{table}" for comparison in COMPARISONS for table in ("aggregate", "scores", "extremes")),
+    *("onsets", "timing", "timing_totals"),
+)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -242,7 +249,7 @@ def method(comparison: Comparison) -> list[str]:
 def tables(results: Results) -> list[Table]:
     """Everything a report says in numbers."""
     found = [_models_table(results)]
-    for name, comparison in (("hear", compare_hear(results)), ("others", compare_others(results))):
+    for name, comparison in zip(COMPARISONS, (compare_hear(results), compare_others(results))):
         if comparison:
             if comparison.ranked_tasks:
                 found.append(_ranking(name, comparison))

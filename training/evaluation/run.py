@@ -191,19 +191,22 @@ def read_scores(path: Path, task: Task) -> tuple[float, dict[str, float | None]]
     Returns:
         The score of the task's first metric, and all test scores by name, of k-fold tasks their means over the
         folds. A score that is not a finite number, such as the d-prime of a class told apart perfectly, is None.
-        The F-measure of a test in which no event was detected, which sed_eval leaves undefined, is 0.
+        The F-measure of a test in which no event was detected, which sed_eval leaves undefined, is 0, also where
+        that is one fold of several, which heareval's mean passes over.
 
     Raises:
         ValueError: the first metric's score is not there or not finite.
     """
     results = _read_json(path)  # Python's json reads the Infinity and NaN that heareval writes
-    prefix, suffix = "test_", "_mean" if task.kfold else ""
+    tests = [results[split] for split in task.splits] if task.kfold else [results["test"]]
+    suffix = "_mean" if task.kfold else ""
     scores = {}
     for key, value in results["aggregated_scores" if task.kfold else "test"].items():
-        if key.startswith(prefix) and key.endswith(suffix):
-            name = key.removeprefix(prefix).removesuffix(suffix)
-            undetected = math.isnan(value) and name.endswith(("_fms", "_f_measure"))
-            scores[name] = 0.0 if undetected else value
+        if key.startswith("test_") and key.endswith(suffix):
+            key = key.removesuffix(suffix)
+            if key.endswith(("_fms", "_f_measure")):
+                value = sum(0.0 if math.isnan(test[key]) else test[key] for test in tests) / len(tests)
+            scores[key.removeprefix("test_")] = value
     scores.pop("score", None)  # the first metric's once more
     metric = task.facts["metric"]
     score = scores.get(metric)
@@ -373,6 +376,8 @@ class Driver:
         facts = _read_json(output)
         self.sample_rate = facts["sample_rate"]
         mine = {"module": self.model.module, "options": self.model.options, "fingerprint": facts["fingerprint"]}
+        if facts["fingerprint"] is None:  # not torch's: the name of its weights is all there is to go by
+            mine["weights"] = self.model.weights
         if self.results.model_file.exists():
             there = _read_json(self.results.model_file)
             for key, value in mine.items():
@@ -381,6 +386,9 @@ class Driver:
                         f"{self.results.folder} holds results of another model ({key} {there[key]}, not {value}):"
                         " give this one another --name"
                     )
+            for name, version in facts["versions"].items():
+                if (before := there["versions"].get(name)) != version:
+                    self.say(f"{self.model.label}: results there are of {name} {before}, those to come of {version}")
         else:
             model = {"label": self.model.label, "weights": self.model.weights, **mine, **facts}
             write_json(self.results.model_file, model)
