@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -282,6 +283,33 @@ def test_packages_that_are_there_cannot_be_left_out(small_corpus, tmp_path, caps
     assert debian.main([*arguments, "--skip", "talk"]) == debian.BAD_USAGE
     assert "holds talk already" in capsys.readouterr().err
     assert (small_corpus / "LICENCES.md").read_text() == licences
+
+
+def test_packages_that_were_left_out_cannot_be_added(small_corpus, tmp_path, monkeypatch, offer, capsys):
+    monkeypatch.setattr(debian, "HELD_OUT", ("talk", "toys"))  # in one part
+    arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
+    assert debian.main([*arguments, "--skip", "talk"]) == 0
+    before = (small_corpus / "LICENCES.md").read_text()
+    assert debian.main(arguments) == debian.BAD_USAGE
+    assert "was begun without talk: give --skip again" in capsys.readouterr().err
+    assert (small_corpus / "LICENCES.md").read_text() == before
+    assert debian.main([*arguments, "--skip", "talk"]) == 0  # nothing was spoilt
+    assert not (tmp_path / "cache/talk").exists()
+
+
+def test_a_disk_that_fails_for_a_moment_leaves_nothing_out(small_corpus, tmp_path, monkeypatch, capsys):
+    arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
+    with monkeypatch.context() as failing:
+
+        def locate(*_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        failing.setattr(debian.archive, "locate", locate)
+        assert debian.main(arguments) == debian.BAD_USAGE
+    assert os.strerror(errno.EIO) in capsys.readouterr().err
+    assert not (small_corpus / "shards").exists()
+    debian.main(arguments)
+    assert len(ShardIndex.open(small_corpus / "shards/speech")) == 1
 
 
 def test_an_interruption_ends_building_the_corpus(small_corpus, tmp_path, monkeypatch):

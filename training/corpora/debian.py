@@ -98,7 +98,10 @@ def collect(entries: Sequence[Entry], cache: Path, folder: Path, jobs: int = 1) 
         jobs: threads.
 
     Returns:
-        What could not be read, and why.
+        What could not be read, and why: it is not in its package, or not audio.
+
+    Raises:
+        OSError: of the disk, which another time may have.
     """
 
     def collect_one(entry: Entry) -> str | None:
@@ -117,7 +120,7 @@ def collect(entries: Sequence[Entry], cache: Path, folder: Path, jobs: int = 1) 
             samples = read_recording(entry.recording, cache)
             with atomic_write(converted) as file:
                 soundfile.write(file, samples, SAMPLE_RATE, format="FLAC")
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             return f"{entry.recording}: {error}"
         return None
 
@@ -167,6 +170,10 @@ def build(out_dir: Path, cache: Path, skip: Sequence[str], jobs: int) -> int:
         if (out_dir / "recordings" / part / package).exists():
             raise ValueError(f"{out_dir} holds {package} already: to do without it, choose another folder")
     entries = [entry for entry in entries if entry.package not in skip]
+    for part, package in sorted({(entry.part, entry.package) for entry in entries}):
+        begun = (out_dir / "shards" / part / prepare.PLAN_FILE).exists()
+        if begun and not (out_dir / "recordings" / part / package).exists():
+            raise ValueError(f"{out_dir} was begun without {package}: give --skip again, or choose another folder")
     check_decoders(entry.recording for entry in entries)
     archive.fetch([entry.package for entry in entries], cache)
     failed = collect(entries, cache, out_dir / "recordings", jobs)
