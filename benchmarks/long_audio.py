@@ -4,7 +4,7 @@ Each length is a WAV file of noise, 16 kHz, 16 bits, embedded by the code of `he
 file to scene embedding. Memory is the most that was resident, Python, torch and the weights included.
 
 Example:
-    python -m benchmarks.long_audio --minutes 1 10 60 600 --plot benchmarks/images/long_audio.png
+    python -m benchmarks.long_audio --minutes 1 10 60 600 --plot long_audio.png
 """
 
 from __future__ import annotations

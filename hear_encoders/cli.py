@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from hear_encoders import checkpoint, hub
-from hear_encoders.config import InputGate, config_to_dict
+from hear_encoders.config import AxLSTMConfig, InputGate, config_to_dict
 from hear_encoders.corpus import AudioFile, embed_files, find_audio
 from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Precision, resolve_precision
 from hear_encoders.outputs import Output, open_output, output_kind
@@ -290,6 +290,11 @@ def weights_main(arguments: Sequence[str] | None = None) -> int:
             )
             encoder = checkpoint.encoder_from_tensors(config, tensors, str(options.checkpoint))
             checkpoint.save_checkpoint(options.output, encoder)
+            if isinstance(config, AxLSTMConfig) and config.flip:
+                say(
+                    parser.prog,
+                    "taken for an AxLSTM trained with flip, which the file does not say; if it was not, give --no-flip",
+                )
             _show(options.output / checkpoint.WEIGHTS_FILE)
     except (OSError, ValueError) as error:
         say(parser.prog, f"error: {error}")

@@ -38,6 +38,8 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_MAX_CHUNKS = 8
 PEAK_WORTH_A_WARNING = 10.0  # samples are meant to lie in [-1, 1]
 LARGEST_PEAK = 1e15  # beyond it the float32 power spectrum overflows
+# A batch of more clips than this, none longer than a recording has channels, is a recording with its axes swapped.
+MOST_TINY_CLIPS, MOST_CHANNELS = 1000, 8
 
 
 class Chunk(NamedTuple):
@@ -52,8 +54,9 @@ class Embedder(nn.Module):
 
     Args:
         encoder: from `build_encoder` or a checkpoint.
-        framing: "exact": step i covers frames 4i..4i+3 and stands at their centre, 40 i + 15 ms; steps lie
-            within the clip and no padding enters the encoder. Frames are centred, so the STFT window of a chunk's
+        framing: "exact": step i covers frames 4i..4i+3 and stands at their centre, 40 i + 15 ms; step times
+            lie within the clip. Where the last step reaches past the clip's end, by up to 20 ms, the last frame is
+            repeated; nothing else is padded. Frames are centred, so the STFT window of a chunk's
             last frames reaches up to 12.5 ms further, and at a clip's end meets its reflection.
             "reference": the released code's framing, with its zero-padded chunks, its regrouping of tokens and its
             drifting timestamps; needed to reproduce published numbers with published checkpoints.
@@ -95,7 +98,7 @@ class Embedder(nn.Module):
         self.log_mel = LogMel()
         patches = encoder.config.patches
         if patches.bands != BANDS:
-            raise ValueError(f"the encoder takes {patches.bands} bands, the front end makes {BANDS}")
+            raise ValueError(f"patches.bands must be {BANDS}, as many as the front end makes, got {patches.bands}")
         self.scene_embedding_size = self.timestamp_embedding_size = patches.rows * encoder.config.dim
         self.step_ms = HOP_MS * patches.patch_frames
         self.first_step_ms = HOP_MS * (patches.patch_frames - 1) / 2  # centre of the first column's frames
@@ -319,7 +322,7 @@ def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
 
     Raises:
         TypeError: not a tensor, or samples that are not floating point.
-        ValueError: not one or two dimensions, nothing in it, or samples that are not finite.
+        ValueError: not one or two dimensions, (samples, channels), nothing in it, or samples that are not finite.
     """
     batch, peak = checked_audio(audio, name)
     warn_of_peak(peak, name, stacklevel=4)
@@ -339,6 +342,11 @@ def checked_audio(audio: Tensor, name: str) -> tuple[Tensor, float]:
         raise ValueError(f"{name} must have shape (clips, samples) or (samples,), got {tuple(audio.shape)}")
     if audio.numel() == 0:
         raise ValueError(f"{name} is empty: got shape {tuple(audio.shape)}")
+    if audio.ndim == 2 and audio.shape[0] > MOST_TINY_CLIPS and audio.shape[1] <= MOST_CHANNELS:
+        raise ValueError(
+            f"{name} has shape {tuple(audio.shape)}: {audio.shape[0]} clips of {audio.shape[1]} samples. If it is"
+            " (samples, channels), as soundfile reads it, average the channels, or read it with load_audio"
+        )
     batch = torch.atleast_2d(audio.detach()).float()
     lowest, highest = (value.item() for value in batch.aminmax())
     peak = max(-lowest, highest)

@@ -19,7 +19,12 @@ def build_encoder(config: EncoderConfig, seed: int | None = None) -> Encoder:
     Args:
         config: a configuration, such as `preset("axlstm_tiny")`.
         seed: initialise from this seed, leaving torch's global generator as it was; None draws from it.
+
+    Raises:
+        TypeError: not a configuration.
     """
+    if type(config) not in ENCODER_OF_CONFIG:
+        raise TypeError(f"config must be a configuration, such as preset('axlstm_tiny'), got {config!r}")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

@@ -75,7 +75,9 @@ class HearModule:
         return Embedder(encoder, **options).eval()
 
     def get_scene_embeddings(self, audio: Tensor, model: Embedder) -> Tensor:
-        """One embedding per clip, the mean over its time steps.
+        """One embedding per clip, the mean over its time steps, without gradients.
+
+        To fine-tune an encoder, train `model.encoder`, on log-mel normalised as `hear_encoders.frontend` does.
 
         Args:
             audio: (clips, samples) floating point, 16 kHz mono in [-1, 1].
@@ -91,7 +93,7 @@ class HearModule:
         return self._check(model).scene_embeddings(audio)
 
     def get_timestamp_embeddings(self, audio: Tensor, model: Embedder) -> tuple[Tensor, Tensor]:
-        """One embedding per time step of each clip.
+        """One embedding per time step of each clip, without gradients.
 
         Args, Raises: as `get_scene_embeddings`.
 

@@ -6,6 +6,7 @@ soundfile reads files, in which it can go back and forth; a pipe has no end to l
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -21,12 +22,14 @@ READ_BYTES = 1 << 16
 # Lengths that a WAV from a pipe has in its header, because its writer could not know: 0, and nearly 2 or 4 GiB.
 UNKNOWN_LENGTH = 0x7FFF_F000
 
-# What a pipe of samples does not begin with, but for one in four billion.
+# What a pipe of samples does not begin with, but for one in four billion; and what few do, but every bare MP3.
 _OTHER_FORMATS = {
     **{b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF", b".snd": "AU", b"caff": "CAF"},
     **{b"RF64": "RF64", b"RIFX": "RIFX"},
     **{b"ID3" + bytes([version]): "MP3" for version in (2, 3, 4)},
 }
+
+_MP3_FRAMES = (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
 
 _WAVE_PCM, _WAVE_FLOAT, _WAVE_EXTENSIBLE = 1, 3, 0xFFFE
 
@@ -79,6 +82,9 @@ def read_pipe(pipe: BinaryIO, raw: PCM) -> Iterator[np.ndarray]:
         (n,) float32, nominally in [-1, 1]; n varies and may be 0. Resampling holds back some milliseconds, which come
         at the end. A frame that the end cuts off is left out.
 
+    Warns:
+        UserWarning: samples that may be MP3.
+
     Raises:
         ValueError: a WAV header that is damaged, or of samples other than PCM; another format of files.
     """
@@ -89,6 +95,8 @@ def read_pipe(pipe: BinaryIO, raw: PCM) -> Iterator[np.ndarray]:
         pcm, remaining = _read_wav_header(pipe)
         rest = b""
     else:
+        if head[:2] in _MP3_FRAMES:
+            warnings.warn("this begins as MP3 does, but is read as samples: decode it before", stacklevel=2)
         pcm, remaining, rest = raw, None, head
     bytes_per_sample, decode = _DECODERS[pcm.encoding]
     frame_bytes = bytes_per_sample * pcm.channels

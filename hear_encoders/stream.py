@@ -184,12 +184,14 @@ class AxLSTMStream:
             TypeError: not a tensor, or samples that are not floating point.
             ValueError: another shape, or samples that are not finite. The stream is as it was before.
         """
-        nothing = isinstance(samples, Tensor) and samples.is_floating_point() and samples.shape[-1:] == (0,)
+        if not isinstance(samples, Tensor):
+            raise TypeError(f"samples must be a torch.Tensor of shape (streams, n), got {type(samples).__name__}")
+        if samples.ndim not in (1, 2) or torch.atleast_2d(samples).shape[0] != self.streams:
+            raise ValueError(f"samples must have shape ({self.streams}, n), got {tuple(samples.shape)}")
+        nothing = samples.is_floating_point() and samples.numel() == 0
         batch, peak = (
             (torch.atleast_2d(samples.detach()).float(), 0.0) if nothing else checked_audio(samples, "samples")
         )
-        if batch.ndim != 2 or batch.shape[0] != self.streams:
-            raise ValueError(f"samples must have shape ({self.streams}, n), got {tuple(samples.shape)}")
         if not self._warned:  # loud audio goes on being so
             self._warned = warn_of_peak(peak, "samples", stacklevel=3)
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):

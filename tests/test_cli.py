@@ -1166,6 +1166,7 @@ def test_import_takes_what_the_tensors_cannot_tell(weights, workplace) -> None:
     ]:
         outcome = weights("import", GOLDEN / "axlstm_e3_noflip.pth", "out", *words)
         assert outcome.code == 0
+        assert ("if it was not, give --no-flip" in outcome.err) == (flip == "True")  # a guess is named
         assert re.search(rf"^flip +{flip}$", outcome.out, re.MULTILINE)
         assert re.search(rf"^input_gate +{gate}$", outcome.out, re.MULTILINE)
 

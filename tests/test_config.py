@@ -158,3 +158,8 @@ def test_a_seed_builds_the_same_encoder_and_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
     assert not torch.equal(one.patch_projection.weight, other.patch_projection.weight)
+
+
+def test_building_from_what_is_no_configuration_is_an_error():
+    with pytest.raises(TypeError, match=r"such as preset\('axlstm_tiny'\), got 'axlstm_tiny'"):
+        build_encoder("axlstm_tiny")

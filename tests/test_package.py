@@ -137,10 +137,11 @@ def test_metadata_is_that_of_the_project(built: Built) -> None:
     assert not any("torchaudio" in line for line in metadata.get_all("Requires-Dist"))
 
 
-def test_licence_and_readme_travel_with_the_wheel(built: Built) -> None:
+def test_licence_card_and_readme_travel_with_the_wheel(built: Built) -> None:
     assert (ROOT / "LICENSE").is_file() and (ROOT / "README.md").is_file()
-    assert "LICENSE" in built.metadata.get_all("License-File", [])
+    assert built.metadata.get_all("License-File", []) == ["LICENSE", "MODEL_CARD.md"]
     assert "Apache License" in built.text("licenses/LICENSE")
+    assert "Licence\n\nThe weights" in built.text("licenses/MODEL_CARD.md")  # theirs is in their card
     assert built.metadata["Description-Content-Type"] == "text/markdown"
     assert built.metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
 

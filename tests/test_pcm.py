@@ -106,6 +106,12 @@ def test_a_damaged_header_is_named(data, message):
         piped(data)
 
 
+@pytest.mark.parametrize("head", [b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"])
+def test_what_begins_as_mp3_is_read_as_samples_with_a_warning(head):
+    with pytest.warns(UserWarning, match="begins as MP3"):
+        assert piped(head + b"\0\0").size == 2
+
+
 def test_impossible_formats_are_refused():
     with pytest.raises(ValueError, match=r"encoding must be one of .*; got 'mp3'"):
         PCM("mp3")

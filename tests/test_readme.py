@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import SMALL_CONFIGS
 
@@ -27,13 +28,14 @@ def test_the_python_examples_run_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert embed_main(["examples/", "-o", "embeddings.npz"]) == 0
     namespace: dict = {}
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
     for block in blocks("python"):
         exec(block, namespace)
     assert namespace["result"]["embeddings"].shape == (4, 960)
     assert namespace["scene"].shape == (1, 960)
     assert namespace["steps"].shape == (1, 133, 960) and namespace["timestamps_ms"].shape == (1, 133)
     assert namespace["times_ms"].shape == namespace["embeddings"].shape[:2] == (1, 1)  # the last step of the stream
+    assert namespace["mean"] == pytest.approx(-5.44, abs=0.01) and namespace["std"] == pytest.approx(4.30, abs=0.01)
     assert namespace["model"].framing == "reference"
 
 

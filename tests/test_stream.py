@@ -277,13 +277,13 @@ def test_other_floating_dtypes_of_samples_are_taken(model, noise, dtype):
 @pytest.mark.parametrize(
     ("samples", "error", "message"),
     [
-        ([0.1], TypeError, "samples must be a torch.Tensor"),
+        ([0.1], TypeError, r"samples must be a torch.Tensor of shape \(streams, n\), got list"),
         (torch.zeros(2, 5, dtype=torch.int16), TypeError, "floating-point samples in .-1, 1., got torch.int16"),
         (torch.zeros(2, 0, dtype=torch.int16), TypeError, "got torch.int16"),
         (torch.zeros(3, 100), ValueError, r"samples must have shape \(2, n\), got \(3, 100\)"),
         (torch.zeros(100), ValueError, r"samples must have shape \(2, n\), got \(100,\)"),
         (torch.zeros(3, 0), ValueError, r"samples must have shape \(2, n\), got \(3, 0\)"),
-        (torch.zeros(1, 2, 100), ValueError, r"got \(1, 2, 100\)"),
+        (torch.zeros(1, 2, 100), ValueError, r"must have shape \(2, n\), got \(1, 2, 100\)"),
         (torch.zeros(1, 2, 0), ValueError, r"got \(1, 2, 0\)"),
         (torch.tensor([[0.0, float("nan")], [0.0, 0.0]]), ValueError, "finite samples"),
         (torch.tensor([[0.0, float("inf")], [0.0, 0.0]]), ValueError, "finite samples"),

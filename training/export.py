@@ -18,7 +18,7 @@ from training.pretrain import CONFIG_FILE, read_run_config
 
 
 def export(run: Path, output: Path, half: bool = False) -> None:
-    """Write the encoder of a run's newest checkpoint, and the beginning of a model card.
+    """Write the encoder of a run's newest checkpoint, and the beginning of a model card where there is none.
 
     Args:
         run: directory of the run.
@@ -42,7 +42,11 @@ def export(run: Path, output: Path, half: bool = False) -> None:
         encoder_tensors = {name: tensor.half() for name, tensor in encoder_tensors.items()}  # checked just below
     encoder = encoder_from_tensors(config.encoder, encoder_tensors, str(newest))
     save_checkpoint(output, encoder.half() if half else encoder)
-    with atomic_write(output / "README.md") as file:
+    card = output / "README.md"
+    if card.exists():  # somebody may have completed it
+        print(f"{card}: left as it is")
+        return
+    with atomic_write(card) as file:
         file.write(_model_card(config, run, state["step"]).encode())
 
 

@@ -497,6 +497,9 @@ def test_an_exported_run_gives_the_features_of_the_trained_encoder(family, shard
         assert torch.equal(embedder.encoder(logmel), model.eval().encoder(logmel))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Steps: 12, of 8 crops" in card and '"max_steps": 12' in card
+    (tmp_path / "out" / "README.md").write_text("completed")
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "README.md").read_text() == "completed"
 
 
 def test_weights_exported_as_float16_take_half_the_space_and_cost_little_accuracy(shards, tmp_path):
