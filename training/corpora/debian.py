@@ -1,8 +1,9 @@
 """A corpus that anyone with apt can rebuild: `python -m training.corpora.debian OUT_DIR`.
 
 About 56 hours of freely licensed recordings in Debian 12's packages, four fifths of them music. Which files of which
-packages, and of what kind each is, is in debian.csv.gz; its roles keep what tasks are tested on out of training:
-"pretraining" and "both" are read here, "evaluation" never is.
+packages, and of what kind each is, is in debian.csv.gz; its roles keep files that tasks are tested on out of training:
+"pretraining" and "both" are read here, "evaluation" never is. Games copy sounds from each other, though: about five of
+the 661 clips of everyday_sounds are also here, in other packages (a pistol of blobwars as openarena's machine gun).
 
     OUT_DIR/recordings/PART/PACKAGE/PATH    the files: links into the cache, or FLAC where soundfile cannot read them
     OUT_DIR/shards/PART/                    what `training.prepare` made of them
