@@ -325,12 +325,20 @@ def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
         ValueError: not one or two dimensions, (samples, channels), nothing in it, or samples that are not finite.
     """
     batch, peak = checked_audio(audio, name)
+    if audio.ndim == 2 and audio.shape[0] > MOST_TINY_CLIPS and audio.shape[1] <= MOST_CHANNELS:
+        raise ValueError(
+            f"{name} has shape {tuple(audio.shape)}: {audio.shape[0]} clips of {audio.shape[1]} samples. If it is"
+            " (samples, channels), as soundfile reads it, average the channels, or read it with load_audio"
+        )
     warn_of_peak(peak, name, stacklevel=4)
     return batch
 
 
 def checked_audio(audio: Tensor, name: str) -> tuple[Tensor, float]:
-    """As `check_audio`, with the largest magnitude in place of a warning of it."""
+    """As `check_audio`, with the largest magnitude in place of a warning of it, and of any number of rows.
+
+    A stream knows how many rows it takes, and may take few samples at a time.
+    """
     if not isinstance(audio, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor of shape (clips, samples), got {type(audio).__name__}; "
@@ -342,11 +350,6 @@ def checked_audio(audio: Tensor, name: str) -> tuple[Tensor, float]:
         raise ValueError(f"{name} must have shape (clips, samples) or (samples,), got {tuple(audio.shape)}")
     if audio.numel() == 0:
         raise ValueError(f"{name} is empty: got shape {tuple(audio.shape)}")
-    if audio.ndim == 2 and audio.shape[0] > MOST_TINY_CLIPS and audio.shape[1] <= MOST_CHANNELS:
-        raise ValueError(
-            f"{name} has shape {tuple(audio.shape)}: {audio.shape[0]} clips of {audio.shape[1]} samples. If it is"
-            " (samples, channels), as soundfile reads it, average the channels, or read it with load_audio"
-        )
     batch = torch.atleast_2d(audio.detach()).float()
     lowest, highest = (value.item() for value in batch.aminmax())
     peak = max(-lowest, highest)

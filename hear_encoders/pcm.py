@@ -22,13 +22,13 @@ READ_BYTES = 1 << 16
 # Lengths that a WAV from a pipe has in its header, because its writer could not know: 0, and nearly 2 or 4 GiB.
 UNKNOWN_LENGTH = 0x7FFF_F000
 
-# What a pipe of samples does not begin with, but for one in four billion; and what few do, but every bare MP3.
+# What a pipe of samples does not begin with, but for one in four billion.
 _OTHER_FORMATS = {
     **{b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF", b".snd": "AU", b"caff": "CAF"},
     **{b"RF64": "RF64", b"RIFX": "RIFX"},
     **{b"ID3" + bytes([version]): "MP3" for version in (2, 3, 4)},
 }
-
+# What few begin with, but every MP3 without tags.
 _MP3_FRAMES = (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
 
 _WAVE_PCM, _WAVE_FLOAT, _WAVE_EXTENSIBLE = 1, 3, 0xFFFE
