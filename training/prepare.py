@@ -29,6 +29,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.context import BaseContext
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -328,7 +329,7 @@ def _make_shards(prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[in
         BrokenProcessPool: a worker died.
     """
     # Workers also for one job: the values' last bits depend on torch's threads, which are not this process's to set.
-    context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang it
+    context = _worker_context()
     stop = context.Event()
     pool = ProcessPoolExecutor(min(jobs, len(todo)), context, _start_worker, (stop,))
     record_samples = _record_samples(plan.settings)
@@ -347,12 +348,22 @@ def _make_shards(prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[in
         pool.shutdown(cancel_futures=True)
 
 
+def _worker_context() -> BaseContext:
+    """How workers are started. Forking this process, which has threads, might hang them."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.prepare"])  # torch is imported once, not in every worker
+    return context
+
+
 _stop: Event | None = None  # in a worker: set once the main process wants no more
 
 
 def _start_worker(stop: Event) -> None:
     global _stop
     _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a server that forks it may have been there before
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

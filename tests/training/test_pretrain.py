@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -179,46 +180,58 @@ def test_weights_that_cannot_be_begun_with_are_refused(overrides, message, shard
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_clips_are_learnt_better_than_by_interpolating_them(family, eight_clips, tmp_path):
     overrides = [
-        *("encoder.dim=96", "encoder.depth=2", "batch_size=8", "max_steps=500", "warmup_steps=20", "clip_grad=1"),
-        *("encoder.patches.patch_frames=8", "base_lr=0.032", "workers=0", "held_out_every=500", "held_out_clips=8"),
-        "picture_every=null",
+        *("encoder.dim=96", "encoder.depth=1", "encoder.patches.patch_frames=20", "batch_size=8", "mask_ratio=0.5"),
+        *("max_steps=300", "warmup_steps=10", "base_lr=0.1", "clip_grad=1", "workers=0", "picture_every=null"),
+        *("held_out_every=100", "held_out_clips=8"),
     ]
-    if family == "axlstm":  # learns faster, computes slower
-        overrides += ["max_steps=300", "held_out_every=300"]
-    else:
+    if family == "mae":  # learns slower, computes faster
+        overrides.append("max_steps=400")
+    if family != "axlstm":
         overrides.append("encoder.heads=3")
     if family in ("audiomaepp", "mae"):
-        overrides += ["decoder.dim=96", "decoder.depth=2", "decoder.heads=3"]
+        overrides += ["decoder.dim=96", "decoder.depth=1", "decoder.heads=3"]
     config = load_run_config(CONFIGS / f"{family}_tiny.yaml", overrides)
     index = ShardIndex.open(eight_clips)
     assert pretrain.Trainer(config, index, tmp_path, CPU, held_out=index).fit()
-    first, last = [line for line in read_log(tmp_path) if "held_out_loss" in line]
+    first, *_, last = [line for line in read_log(tmp_path) if "held_out_loss" in line]
     assert first["step"] == 0 and first["held_out_loss"] > first["held_out_mean"]  # knows nothing yet
     assert last["held_out_loss"] < 0.5 * last["held_out_mean"]
     assert last["held_out_loss"] < last["held_out_interpolation"] < last["held_out_mean"]
+
+
+def kill_again_and_again(run, arguments):
+    """Begin the run twenty times. What this process has imported, those that are forked from it need not."""
+    import torch._dynamo  # which the first optimiser does, for seconds
+
+    torch.set_num_threads(1)
+    chance = random.Random(0)
+    for _ in range(20):
+        said, output = os.pipe()
+        process = os.fork()  # of a process without threads
+        if process == 0:
+            os.dup2(output, sys.stdout.fileno())
+            os._exit(pretrain.main(arguments))
+        os.close(output)
+        with os.fdopen(said) as lines:
+            if lines.readline():  # training has begun, or goes on: "resumed from ..." or a first line
+                time.sleep(chance.uniform(0, 0.4))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        assert all((path / "state.pt").exists() for path in run.glob("checkpoint-*"))
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(shards, tmp_path):
     overrides = ["max_steps=60", "save_every=2", "encoder.dim=96"]  # saves often, so that some kills hit a save
     expected = train("audiomaepp", shards, tmp_path / "whole", *overrides)
-    chance = random.Random(0)
-    kills = 0
-    while kills < 20:
-        process = subprocess.Popen(
-            [sys.executable, *command("audiomaepp", shards, tmp_path / "killed", *overrides)],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if process.stdout.readline():  # training has begun, or goes on: "resumed from ..." or a first line
-            time.sleep(chance.uniform(0, 0.4))
-        process.kill()
-        process.communicate()
-        kills += 1
-        assert all((path / "state.pt").exists() for path in (tmp_path / "killed").glob("checkpoint-*"))
-    assert_same_bits(train("audiomaepp", shards, tmp_path / "killed", *overrides), expected)
-    assert [line["step"] for line in read_log(tmp_path / "killed")] == [10, 20, 30, 40, 50, 60]
+    run = tmp_path / "killed"
+    arguments = command("audiomaepp", shards, run, *overrides)[2:]
+    killer = multiprocessing.get_context("spawn").Process(target=kill_again_and_again, args=(run, arguments))
+    killer.start()
+    killer.join()
+    assert killer.exitcode == 0
+    assert_same_bits(train("audiomaepp", shards, run, *overrides), expected)
+    assert [line["step"] for line in read_log(run)] == [10, 20, 30, 40, 50, 60]
 
 
 def test_a_second_command_on_a_run_is_refused_until_the_first_is_dead(shards, tmp_path, capsys):
