@@ -1,6 +1,7 @@
 """What training looks like: reconstructions as spectrograms, and curves of held-out error.
 
-`python -m training.pictures OUT.png RUN...` draws the held-out error of one or more runs against time.
+`python -m training.pictures OUT.png RUN...` draws the held-out error of one or more runs against the clips they saw.
+A run that began with the weights of another of them (`start_from`) begins where that one ended.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hear_encoders.atomic import atomic_write
+from training.pretrain import read_run_config
 from training.runlog import LOG_FILE
 
 _FRAME_S = 0.01
@@ -54,17 +56,16 @@ def reconstruction_figure(logmel: np.ndarray, seen: np.ndarray, predicted: np.nd
     return figure
 
 
-def held_out_figure(logs: dict[str, list[dict]]) -> Figure:
+def held_out_figure(curves: dict[str, list[dict]]) -> Figure:
     """Held-out error against clips trained on, one line per run.
 
     Runs whose baselines differ, as with another mask ratio, do not compare: each kind has a panel of its own.
 
     Args:
-        logs: lines of a run's log.jsonl, by the run's name.
+        curves: lines about held-out error of a run's log.jsonl, by the run's name.
     """
     panels: dict[tuple[float, float], dict[str, list[dict]]] = {}
-    for name, lines in logs.items():
-        points = [line for line in lines if "held_out_loss" in line]
+    for name, points in curves.items():
         baselines = (points[-1]["held_out_mean"], points[-1]["held_out_interpolation"])
         panels.setdefault(baselines, {})[name] = points
     figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
@@ -94,16 +95,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, metavar="OUT.png")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run trained with --held-out")
     options = parser.parse_args(arguments)
-    logs = {}
+    logs: dict[Path, list[dict]] = {}
     for run in options.runs:
         if not (run / LOG_FILE).is_file():
             print(f"{parser.prog}: error: {run} is not a run: it has no {LOG_FILE}", file=sys.stderr)
             return 2
-        logs[run.name] = [json.loads(line) for line in (run / LOG_FILE).read_text(encoding="utf-8").splitlines()]
-        if not any("held_out_loss" in line for line in logs[run.name]):
+        logs[run] = [json.loads(line) for line in (run / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+        if not any("held_out_loss" in line for line in logs[run]):
             print(f"{parser.prog}: error: {run} was trained without --held-out", file=sys.stderr)
             return 2
-    save_png(held_out_figure(logs), options.output)
+    curves = {}
+    for run, lines in logs.items():
+        before = _clips_before(run, logs)
+        curves[run.name] = [{**line, "clips": line["clips"] + before} for line in lines if "held_out_loss" in line]
+    save_png(held_out_figure(curves), options.output)
+    return 0
+
+
+def _clips_before(run: Path, logs: dict[Path, list[dict]]) -> int:
+    """Clips that a run's first weights had seen in other runs of `logs`."""
+    start_from = read_run_config(run).start_from
+    for earlier, lines in logs.items():
+        if start_from is not None and earlier.resolve() == Path(start_from).resolve():
+            return _clips_before(earlier, logs) + lines[-1]["step"] * read_run_config(earlier).batch_size
     return 0
 
 

@@ -23,12 +23,11 @@ from tensorboardX.proto import event_pb2
 import hear_audiomaepp
 import hear_axlstm
 from hear_encoders.patches import patchify
-from training import checkpoints, export, prepare, pretrain
+from training import checkpoints, export, pictures, prepare, pretrain
 from training.config import load_run_config
 from training.data import Crops, RowBatches, crop_loader
 from training.held_out import FixedCrops
 from training.objectives import count_clip_flop
-from training.pictures import main as pictures_main
 from training.shards import JoinedShards, ShardIndex
 
 ROOT = Path(__file__).parents[2]
@@ -411,13 +410,13 @@ def test_a_run_shows_its_progress_on_held_out_records_and_in_tensorboard(shards,
     training, held_out = ([line for line in lines if key in line] for key in ("loss", "held_out_loss"))
     assert [line["step"] for line in training] == [2, 4]
     assert [(line["step"], line["clips"]) for line in held_out] == [(0, 0), (2, 16), (4, 32)]
-    scalars, pictures = read_tensorboard(tmp_path)
+    scalars, drawn = read_tensorboard(tmp_path)
     for line in lines:
         for name in line.keys() - {"step", "clips"}:
             assert scalars[line["step"], name] == pytest.approx(line[name], rel=1e-6)
     assert {"loss", "learning_rate", "gradient_norm", "clips_per_s", "mfu"} < training[0].keys()
     assert 0 < training[0]["mfu"] < 1
-    assert pictures == {(0, "reconstruction"), (2, "reconstruction"), (4, "reconstruction")}
+    assert drawn == {(0, "reconstruction"), (2, "reconstruction"), (4, "reconstruction")}
     for step in (0, 2, 4):
         assert (tmp_path / "pictures" / f"step-{step:08d}.png").read_bytes().startswith(b"\x89PNG")
     # The error is that of the weights that were saved, on the same crops and masks.
@@ -426,14 +425,28 @@ def test_a_run_shows_its_progress_on_held_out_records_and_in_tensorboard(shards,
     model.load_state_dict(load_file(checkpoints.latest(tmp_path) / "model.safetensors"))
     fixed = FixedCrops(index, config, 5)
     assert fixed.error(fixed.predict(model, CPU.device)) == pytest.approx(held_out[-1]["held_out_loss"], abs=1e-5)
-    assert pictures_main([str(tmp_path / "curve.png"), str(tmp_path)]) == 0
+    assert pictures.main([str(tmp_path / "curve.png"), str(tmp_path)]) == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_curve_of_a_run_that_goes_on_from_another_begins_where_that_one_ended(eight_clips, tmp_path, monkeypatch):
+    runs = [tmp_path / name for name in ("first", "second", "third")]
+    for run, before in zip(runs, [None, *runs]):
+        more = [f"start_from={before}"] if before else []
+        train("ssast", eight_clips, run, "max_steps=2", "held_out_every=1", *more, f"--held-out={eight_clips}")
+    drawn = []
+    monkeypatch.setattr(pictures, "held_out_figure", lambda curves: drawn.append(curves) or pictures.Figure())
+    assert pictures.main([str(tmp_path / "curve.png"), *map(str, reversed(runs))]) == 0
+    assert pictures.main([str(tmp_path / "curve.png"), str(runs[2])]) == 0
+    clips = [{name: [line["clips"] for line in lines] for name, lines in curves.items()} for curves in drawn]
+    assert [clips[0][run.name][0] for run in runs] == [0, 16, 32] and clips[0]["third"][-1] == 48
+    assert clips[1]["third"][0] == 0  # of what is not given nothing is known
+
+
 def test_curves_of_a_run_without_held_out_records_are_an_error(shards, tmp_path, capsys):
-    assert pictures_main([str(tmp_path / "curve.png"), str(tmp_path / "nothing")]) == 2
+    assert pictures.main([str(tmp_path / "curve.png"), str(tmp_path / "nothing")]) == 2
     train("mae", shards, tmp_path / "run")
-    assert pictures_main([str(tmp_path / "curve.png"), str(tmp_path / "run")]) == 2
+    assert pictures.main([str(tmp_path / "curve.png"), str(tmp_path / "run")]) == 2
     assert "was trained without --held-out" in capsys.readouterr().err
 
 
