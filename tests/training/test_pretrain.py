@@ -380,9 +380,9 @@ def test_half_precision_trains(precision, shards, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_model_trains_as_the_plain_one(shards, tmp_path):
-    one = train("mae", shards, tmp_path / "one")
+    one = train("ssast", shards, tmp_path / "one")
     # in a process of its own: what torch.compile imports and keeps is no matter of the other tests
-    compiled = train("mae", shards, tmp_path / "compiled", "compile=true", launcher=[sys.executable])
+    compiled = train("ssast", shards, tmp_path / "compiled", "compile=true", launcher=[sys.executable])
     assert_close(compiled, one)
 
 
@@ -433,7 +433,8 @@ def test_the_curve_of_a_run_that_goes_on_from_another_begins_where_that_one_ende
     runs = [tmp_path / name for name in ("first", "second", "third")]
     for run, before in zip(runs, [None, *runs]):
         more = [f"start_from={before}"] if before else []
-        train("ssast", eight_clips, run, "max_steps=2", "held_out_every=1", *more, f"--held-out={eight_clips}")
+        settings = ["max_steps=2", "held_out_every=1", "held_out_clips=2", *more]
+        train("ssast", eight_clips, run, *settings, f"--held-out={eight_clips}")
     drawn = []
     monkeypatch.setattr(pictures, "held_out_figure", lambda curves: drawn.append(curves) or pictures.Figure())
     assert pictures.main([str(tmp_path / "curve.png"), *map(str, reversed(runs))]) == 0
