@@ -6,6 +6,7 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. What those are made of:
     frontend, patches           waveform -> log-mel -> patches and their positions
     transformer                 encoders of AudioMAE++, MAE and SSAST
     mlstm, axlstm               the mLSTM cell, the AxLSTM encoder
+    axlstm_chunks               the AxLSTM encoder as a CPU runs it fastest
     encoders                    from a configuration to an encoder
     embedder                    framing, batching, embeddings, timestamps
     stream, axlstm_steps        AxLSTM on audio that is still arriving; its encoder a few tokens at a time

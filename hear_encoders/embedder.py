@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from hear_encoders import reference
+from hear_encoders import axlstm_chunks, reference
 from hear_encoders.allocator import keep_freed_memory
 from hear_encoders.encoders import Encoder
 from hear_encoders.frontend import (
@@ -272,10 +272,13 @@ class Embedder(nn.Module):
             alike[chunk.frames.shape[0], chunk.steps].append(index)
         dtype = resolve_precision(self.precision, self.device)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            encode = self.encoder
+            if dtype is torch.float32 and axlstm_chunks.takes(self.encoder):
+                encode = axlstm_chunks.ChunkEncoder(self.encoder)
             for (_, steps), indices in alike.items():
                 for first in range(0, len(indices), self.max_chunks):
                     batch = indices[first : first + self.max_chunks]
-                    tokens = self.encoder(torch.stack([chunks[index].frames for index in batch]))  # (chunks, N, D)
+                    tokens = encode(torch.stack([chunks[index].frames for index in batch]))  # (chunks, N, D)
                     if self.framing == "reference":
                         embeddings = reference.regroup_tokens(tokens, patches)
                     else:

@@ -78,8 +78,13 @@ class LogMel(nn.Module):
             piece = torch.cat([audio[:, 1 : 1 - start].flip(1), piece], dim=1)
         if stop > samples:
             piece = torch.cat([piece, audio[:, samples - 1 - (stop - samples) : samples - 1].flip(1)], dim=1)
-        spectrum = torch.stft(piece, WINDOW, HOP, window=self.window, center=False, return_complex=True)
-        power = spectrum.abs().square_()  # (B, 201, frames)
+        # A loud sound's rounding, different on each processor, is what is seen of a silent band beside it: 5e-4 in the
+        # log-mel if in float32.
+        wide = torch.float32 if piece.device.type == "mps" else torch.float64  # MPS has no float64
+        window = self.window.to(wide)
+        spectrum = torch.stft(piece.to(wide), WINDOW, HOP, window=window, center=False, return_complex=True)
+        power = (spectrum.real * spectrum.real).addcmul_(spectrum.imag, spectrum.imag)  # (B, 201, frames)
+        power = power.to(self.mel.dtype)
         return (power.transpose(1, 2) @ self.mel).add_(LOG_OFFSET).log_()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,9 +24,22 @@ def test_equals_torchaudio(golden, samples):
     tensors, _ = golden("frontend")
     logmel = LogMel()(tensors[f"audio.{samples}"])
     assert logmel.shape == (2, samples // 160 + 1, 80)
-    torch.testing.assert_close(logmel, tensors[f"logmel_raw.{samples}"][:, 0], rtol=0, atol=5e-6)
     normalized = normalize(logmel, *clip_statistics(logmel))
-    torch.testing.assert_close(normalized, tensors[f"logmel_normalized.{samples}"][:, 0], rtol=0, atol=5e-6)
+    for actual, name in ((logmel, "logmel_raw"), (normalized, "logmel_normalized")):
+        errors = (actual - tensors[f"{name}.{samples}"][:, 0]).abs()
+        # torchaudio's own FFT is in float32, and in silent bands that is seen.
+        assert errors.max() < 1e-4 and (errors > 5e-6).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("samples", LENGTHS)
+def test_equals_a_plain_computation_in_float64(golden, samples):
+    audio = golden("frontend")[0][f"audio.{samples}"]
+    padded = np.pad(audio.double().numpy(), [(0, 0), (200, 200)], mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 400, axis=1)[:, ::160]
+    hann = torch.hann_window(400, dtype=torch.float32).double().numpy()  # of the papers' checkpoints: rounded
+    power = np.abs(np.fft.rfft(windows * hann)) ** 2
+    expected = torch.from_numpy(np.log(power @ mel_matrix().double().numpy() + 2.0**-23))
+    torch.testing.assert_close(LogMel()(audio).double(), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("slice_frames", [1, 2, 7, 100, 431])

@@ -181,7 +181,7 @@ def test_eight_clips_are_learnt_better_than_by_interpolating_them(family, eight_
     overrides = [
         *("encoder.dim=96", "encoder.depth=1", "encoder.patches.patch_frames=20", "batch_size=8", "mask_ratio=0.5"),
         *("max_steps=300", "warmup_steps=10", "base_lr=0.1", "clip_grad=1", "workers=0", "picture_every=null"),
-        *("held_out_every=100", "held_out_clips=8"),
+        *("held_out_every=1000", "held_out_clips=8"),  # at the beginning and at the end
     ]
     if family == "mae":  # learns slower, computes faster
         overrides.append("max_steps=400")
@@ -192,7 +192,7 @@ def test_eight_clips_are_learnt_better_than_by_interpolating_them(family, eight_
     config = load_run_config(CONFIGS / f"{family}_tiny.yaml", overrides)
     index = ShardIndex.open(eight_clips)
     assert pretrain.Trainer(config, index, tmp_path, CPU, held_out=index).fit()
-    first, *_, last = [line for line in read_log(tmp_path) if "held_out_loss" in line]
+    first, last = [line for line in read_log(tmp_path) if "held_out_loss" in line]
     assert first["step"] == 0 and first["held_out_loss"] > first["held_out_mean"]  # knows nothing yet
     assert last["held_out_loss"] < 0.5 * last["held_out_mean"]
     assert last["held_out_loss"] < last["held_out_interpolation"] < last["held_out_mean"]

@@ -13,6 +13,7 @@ are standardised, with mean and standard deviation over recordings of the corpus
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,11 @@ from hear_encoders.cli import BAD_USAGE, positive
 from hear_encoders.corpus import find_audio
 from hear_encoders.embedder import check_audio
 from hear_encoders.frontend import SAMPLE_RATE
+
+# Its library corrupts memory if TensorFlow's, which heareval brings, was loaded before it: so it is loaded first, and
+# `Functionals` says what is missing without it.
+with contextlib.suppress(ModuleNotFoundError):
+    import opensmile  # noqa: F401
 
 SIZE = 6373
 CLIP_SECONDS = 2.0  # of the clips that the standardisation is made from, as tasks have them

@@ -67,6 +67,7 @@ def embed(
     module: str, weights_path: str | None, options: dict[str, Any], tasks_dir: str, task: str, output: str
 ) -> None:
     """Embed all clips of a task; the folder `output` is there once that is complete."""
+    importlib.import_module(module)  # before TensorFlow, beside which not every library can be loaded any more
     _accept_pickled_weights()
     _replace_memory_meter()
     _pass_tensorflow_gpu_check()
