@@ -114,6 +114,7 @@ def test_embeddings_are_there_as_a_whole_or_not_at_all(stand_in, tmp_path):
         if fail:
             raise RuntimeError("no memory")
 
+    stand_in("module")
     stand_in("tensorflow", test=types.SimpleNamespace())
     stand_in("heareval.embeddings")
     stand_in("heareval.embeddings.runner", runner=functools.partial(runner, fail=True))
@@ -128,6 +129,22 @@ def test_embeddings_are_there_as_a_whole_or_not_at_all(stand_in, tmp_path):
     assert words[0] == "module" and words[words.index("--model") + 1] == "a/weights"
     assert words[words.index("--task") + 1] == "birds" and words[words.index("--tasks-dir") + 1] == "tasks"
     assert json.loads(words[words.index("--model-options") + 1]) == {"framing": "exact"}
+
+
+def test_a_module_is_imported_before_tensorflow(stand_in, monkeypatch, tmp_path):
+    """openSMILE's library corrupts memory where TensorFlow's was loaded first."""
+    imports = stand_in("imports", seen=[])
+    (tmp_path / "a_model.py").write_text("import imports\nimports.seen.append('a_model')\n")
+    (tmp_path / "tensorflow.py").write_text("import imports\nimports.seen.append('tensorflow')\nclass test: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("a_model", "tensorflow"):
+        stand_in(name)  # so that it is taken out again afterwards
+        del sys.modules[name]
+    stand_in("heareval.embeddings")
+    stand_in("heareval.embeddings.runner", runner=lambda *_, **__: imports.seen.append("heareval"))
+    with pytest.raises(ValueError):  # this heareval leaves no embeddings
+        kit.embed("a_model", None, {}, str(tmp_path), "task", str(tmp_path / "out"))
+    assert imports.seen == ["a_model", "tensorflow", "heareval"]
 
 
 def test_a_models_fingerprint_is_of_its_weights_names_and_dtypes(tmp_path):
