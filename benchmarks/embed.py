@@ -19,6 +19,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ from benchmarks.measure import (
 )
 from benchmarks.released_plan import ReleasedPlan
 from hear_encoders.config import PRESETS, AxLSTMConfig, EncoderConfig, TransformerConfig
-from hear_encoders.embedder import Embedder, Precision, resolve_precision
+from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Precision, resolve_precision
 from hear_encoders.encoders import build_encoder
 from hear_encoders.frontend import HOP, SAMPLE_RATE
 from training.flops import MATMUL_SIZE, Matmul, count_flop
@@ -152,12 +153,15 @@ class Benchmark:
     """Measures cells in turn and keeps within a budget of time.
 
     Args:
-        device, precision: as for `Embedder`.
+        device, precision, max_chunks, compile: as for `Embedder`.
         budget_s: a cell that would end later than this after now is not begun.
     """
 
-    def __init__(self, device: torch.device, precision: Precision, budget_s: float) -> None:
+    def __init__(
+        self, device: torch.device, precision: Precision, max_chunks: int, compile: bool, budget_s: float
+    ) -> None:
         self.device, self.precision = device, precision
+        self.options = {"precision": precision, "max_chunks": max_chunks, "compile": compile}
         self.dtype = resolve_precision(precision, device)
         self.deadline = time.perf_counter() + budget_s
         check_flop_counter(device)
@@ -186,8 +190,8 @@ class Benchmark:
                 continue
             if embedder is None:
                 encoder = build_encoder(config, seed=0).to(self.device).eval()
-                plan, embedder = ReleasedPlan(encoder, self.dtype), Embedder(encoder, precision=self.precision)
-                embedder = embedder.to(self.device).eval()
+                plan = ReleasedPlan(encoder, self.dtype)
+                embedder = Embedder(copy.deepcopy(encoder), **self.options).to(self.device).eval()
                 same = Embedder(encoder, framing="reference", precision="float32")
                 _assert_same(ReleasedPlan(encoder), same, 2 * SAMPLE_RATE)
             result = self.measure(cell, embedder, plan)
@@ -206,7 +210,7 @@ class Benchmark:
             return plan.timestamp_embeddings(audio)
 
         # Counted in float32, where the number is the same: under autocast the counter breaks torch.einsum.
-        plain = Embedder(embedder.encoder, precision="float32").to(self.device).eval()
+        plain = Embedder(copy.deepcopy(embedder.encoder), precision="float32").to(self.device).eval()
         flop = count_flop(lambda: plain.timestamp_embeddings(audio))
         ours()
         peak = peak_bytes(ours, self.device)  # returns memory to the system, so the plan warms up after it
@@ -263,8 +267,10 @@ def format_conditions(benchmark: Benchmark, results: Sequence[Result]) -> str:
     """On what the figures were measured."""
     size, dtype = benchmark.matmul.size, str(benchmark.dtype).removeprefix("torch.")
     rates = [result.matmul_rate / 1e9 for result in results if not result.skipped] or [benchmark.matmul_rate / 1e9]
+    compiled = ", compiled" if benchmark.options["compile"] else ""
     return (
         f"{format_machine(benchmark.device)}\n"
+        f"- ours: up to {benchmark.options['max_chunks']} chunks in a forward pass{compiled}\n"
         f"- {dtype} matmul {size} x {size} x {size}, in turns with the rest: median {median(rates):.0f} GFLOP/s, "
         f"{min(rates):.0f} to {max(rates):.0f} over the rows; each row is held against its own"
     )
@@ -281,6 +287,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--precision", choices=get_args(Precision), default="auto", help="as for Embedder (default: auto)"
     )
+    parser.add_argument(
+        "--max-chunks", type=int, default=DEFAULT_MAX_CHUNKS, help="in a forward pass (default: %(default)s)"
+    )
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--budget-minutes", type=float, default=30.0, help="cells that would end later are skipped (default: 30)"
@@ -296,8 +306,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--device cuda: torch finds no CUDA device")
     if min(options.seconds) * SAMPLE_RATE < 1:
         parser.error(f"--seconds: expected at least one sample, got {min(options.seconds)}")
-    if min(options.batch) < 1 or (options.threads is not None and options.threads < 1):
-        parser.error("--batch and --threads must be at least 1")
+    if min(options.max_chunks, *options.batch, options.threads or 1) < 1 or options.threads == 0:
+        parser.error("--batch, --max-chunks and --threads must be at least 1")
     return options
 
 
@@ -305,7 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    benchmark = Benchmark(options.device, options.precision, 60 * options.budget_minutes)
+    budget_s = 60 * options.budget_minutes
+    benchmark = Benchmark(options.device, options.precision, options.max_chunks, options.compile, budget_s)
     chunk_flop = {name: count_chunk_flop(PRESETS[name]) for name in dict.fromkeys(options.presets)}
     results: list[Result] = []
     try:

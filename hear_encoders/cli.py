@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hear_encoders import checkpoint, hub
 from hear_encoders.config import AxLSTMConfig, InputGate, config_to_dict
 from hear_encoders.corpus import AudioFile, embed_files, find_audio
-from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Precision, resolve_precision
+from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Pooling, Precision, resolve_precision
 from hear_encoders.outputs import Output, open_output, output_kind
 from hear_encoders.pcm import ENCODINGS, PCM, read_pipe
 from hear_encoders.reference import import_checkpoint
@@ -105,6 +105,15 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--framing", choices=get_args(Framing), default="exact", help="default: %(default)s")
     parser.add_argument("--device", help="such as cpu, cuda, cuda:1; default: cuda where there is one, else cpu")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--pooling",
+        choices=get_args(Pooling),
+        default="mean",
+        help="of a file's steps: their mean, or with their standard deviation after it; default: %(default)s",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="with torch.compile: faster on a GPU, after a minute or more"
+    )
     parser.add_argument(
         "--statistics",
         nargs=2,
@@ -216,6 +225,8 @@ def load_embedder(options: argparse.Namespace) -> Embedder:
         precision=options.precision,
         max_chunks=chunks,
         statistics=options.statistics,
+        pooling=options.pooling,
+        compile=options.compile,
     )
     try:
         return embedder.to(torch.device(device))
@@ -231,6 +242,7 @@ def embedding_settings(embedder: Embedder, model: str, root: Path) -> dict[str, 
         "weights": checkpoint.fingerprint(embedder.encoder),
         "framing": embedder.framing,
         "statistics": embedder.statistics and list(embedder.statistics),
+        "pooling": embedder.pooling,
         "precision": str(resolve_precision(embedder.precision, embedder.device)).removeprefix("torch."),
     }
 

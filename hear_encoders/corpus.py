@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from hear_encoders.audio import audio_extensions, duration_s, load_audio, read_audio
@@ -140,38 +141,53 @@ def embed_files(
     def add(file: AudioFile, embedding: Tensor, samples: int) -> None:
         times = embedder.timestamps_ms(samples).numpy() if timestamps else None
         try:
-            output.add(str(file.path), file.name, embedding[0].cpu().numpy(), times)
+            output.add(str(file.path), file.name, embedding[0].numpy(), times)
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
             failures.append(Failure(file.path, f"{file.path}: its name is too long for the output"))
+
+    def embed(batch: list[tuple[AudioFile, Future[Tensor]]]) -> _Embedded:
+        good: list[tuple[AudioFile, Tensor]] = []
+        for file, future in batch:
+            error = future.exception()
+            if error is None:
+                good.append((file, future.result()))
+            else:
+                failures.append(_failure(file, error))
+        files_of_batch = [file for file, _ in good]
+        try:
+            embeddings = embedder.embed_batches([audio for _, audio in good], timestamps) if good else []
+        except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
+            failures.extend(_failures_of_batch(files_of_batch, error))
+            files_of_batch, embeddings = [], []
+        return _Embedded(len(batch), files_of_batch, [audio.shape[1] for _, audio in good], embeddings)
+
+    def take(batch: _Embedded) -> None:
+        try:
+            embeddings = batch.fetch()
+        except RuntimeError as error:  # of a GPU that computed in the meantime
+            failures.extend(_failures_of_batch(batch.files, error))
+        else:
+            for file, samples, embedding in zip(batch.files, batch.samples, embeddings):
+                add(file, embedding, samples)
+        on_done(batch.count)
 
     with ThreadPoolExecutor(jobs) as pool:
         lengths = list(pool.map(duration_s, [file.path for file in files]))
         by_length = sorted(zip(lengths, files), key=lambda pair: (pair[0], pair[1].path))
         long = [file for seconds, file in by_length if seconds > LONG_S and embedder.framing == "exact"]
         decoded = _decode_ahead(pool, by_length[: len(by_length) - len(long)], 2 * batch_seconds)
-        for batch in _batches(decoded, batch_seconds):
-            good: list[tuple[AudioFile, Tensor]] = []
-            for file, future in batch:
-                error = future.exception()
-                if error is None:
-                    good.append((file, future.result()))
-                else:
-                    failures.append(_failure(file, error))
-            try:
-                embeddings = embedder.embed_batches([audio for _, audio in good], timestamps) if good else []
-            except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
-                failures += [
-                    Failure(
-                        file.path, f"{file.path}: {type(error).__name__} in a batch of {len(good)} files: {error}", True
-                    )
-                    for file, _ in good
-                ]
-                embeddings = []
-            for (file, audio), embedding in zip(good, embeddings):
-                add(file, embedding, audio.shape[1])
-            on_done(len(batch))
+        # A GPU works on a batch while the one before is taken and written, and while the next is decoded.
+        newest: _Embedded | None = None
+        try:
+            for batch in _batches(decoded, batch_seconds):
+                before, newest = newest, embed(batch)
+                if before is not None:
+                    take(before)
+        finally:  # also if interrupted: what is embedded is done
+            if newest is not None:
+                take(newest)
         for file in long:
             try:
                 read = partial(_one_ahead, pool, partial(read_audio, file.path))
@@ -182,6 +198,34 @@ def embed_files(
                 add(file, embedding, samples)
             on_done(1)
     return sorted(failures, key=lambda failure: failure.path)
+
+
+class _Embedded:
+    """Embeddings of a batch of files, on their way to the CPU.
+
+    Attributes:
+        count: files of the batch, also those that could not be decoded.
+        files, samples: those that were embedded, and their lengths.
+    """
+
+    def __init__(self, count: int, files: list[AudioFile], samples: list[int], embeddings: list[Tensor]) -> None:
+        self.count, self.files, self.samples = count, files, samples
+        self._embeddings = [embedding.to("cpu", non_blocking=True) for embedding in embeddings]
+        self._there = None
+        if embeddings and embeddings[0].is_cuda:
+            self._there = torch.cuda.Event()
+            self._there.record(torch.cuda.current_stream(embeddings[0].device))
+
+    def fetch(self) -> list[Tensor]:
+        """Wait for the embeddings: (1, E) or (1, T, E) for each file."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._embeddings
+
+
+def _failures_of_batch(files: list[AudioFile], error: BaseException) -> list[Failure]:
+    reason = f"{type(error).__name__} in a batch of {len(files)} files: {error}"
+    return [Failure(file.path, f"{file.path}: {reason}", True) for file in files]
 
 
 def _failure(file: AudioFile, error: BaseException) -> Failure:

@@ -34,6 +34,7 @@ from hear_encoders.frontend import (
 
 Framing = Literal["exact", "reference"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Pooling = Literal["mean", "mean_std"]
 
 DEFAULT_MAX_CHUNKS = 8
 PEAK_WORTH_A_WARNING = 10.0  # samples are meant to lie in [-1, 1]
@@ -65,10 +66,16 @@ class Embedder(nn.Module):
         max_chunks: chunks of 2 s per forward pass; bounds memory, does not change the result.
         statistics: mean and standard deviation of log-mel to normalise with. None takes each clip's own over
             all its frames and bands, which is what the models are trained with.
+        pooling: what a scene embedding is of the clip's timestamp embeddings: "mean", as in the papers, or "mean_std",
+            with the standard deviation (over the steps, divided by their number) of each channel after it.
+        compile: run the encoder through `torch.compile`: the first call takes a minute or more, and what it compiled
+            is kept on disk (TORCHINDUCTOR_CACHE_DIR) for the next process. Chunks shorter than 2 s are not compiled,
+            nor is an AxLSTM in float32 on the CPU, which has a faster form.
 
     Attributes:
         sample_rate: 16000, in Hz.
-        scene_embedding_size, timestamp_embedding_size: E, rows of patches x channels of a token.
+        timestamp_embedding_size: E, rows of patches x channels of a token.
+        scene_embedding_size: the same, or twice that for "mean_std".
 
     Raises:
         ValueError: an option is none of the above.
@@ -84,10 +91,15 @@ class Embedder(nn.Module):
         precision: Precision = "auto",
         max_chunks: int = DEFAULT_MAX_CHUNKS,
         statistics: Sequence[float] | None = None,
+        pooling: Pooling = "mean",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         _check_choice("framing", framing, get_args(Framing))
+        _check_choice("pooling", pooling, get_args(Pooling))
         _check_choice("precision", precision, get_args(Precision))
+        if type(compile) is not bool:
+            raise ValueError(f"compile must be True or False, got {compile!r}")
         if type(max_chunks) is not int or max_chunks < 1:
             raise ValueError(f"max_chunks must be an integer of at least 1, got {max_chunks!r}")
         self.encoder = encoder
@@ -95,11 +107,17 @@ class Embedder(nn.Module):
         self.precision = precision
         self.max_chunks = max_chunks
         self.statistics = None if statistics is None else check_statistics(statistics)
+        self.pooling = pooling
+        self.moments = 2 if pooling == "mean_std" else 1
+        self.compile_encoder = compile
+        if compile:
+            encoder.compile()
         self.log_mel = LogMel()
         patches = encoder.config.patches
         if patches.bands != BANDS:
             raise ValueError(f"patches.bands must be {BANDS}, as many as the front end makes, got {patches.bands}")
-        self.scene_embedding_size = self.timestamp_embedding_size = patches.rows * encoder.config.dim
+        self.timestamp_embedding_size = patches.rows * encoder.config.dim
+        self.scene_embedding_size = self.moments * self.timestamp_embedding_size
         self.step_ms = HOP_MS * patches.patch_frames
         self.first_step_ms = HOP_MS * (patches.patch_frames - 1) / 2  # centre of the first column's frames
         keep_freed_memory()
@@ -110,13 +128,13 @@ class Embedder(nn.Module):
         return self.encoder.cls_token.device
 
     def scene_embeddings(self, audio: Tensor) -> Tensor:
-        """One embedding per clip: the mean of its timestamp embeddings.
+        """One embedding per clip: the mean of its timestamp embeddings, or what `pooling` says.
 
         Args:
             audio: (B, samples) or (samples,) floating point, 16 kHz mono in [-1, 1].
 
         Returns:
-            (B, E) float32 on the audio's device, B = 1 for a single clip.
+            (B, E) float32 on the audio's device, B = 1 for a single clip; (B, 2 E) for "mean_std".
 
         Raises:
             TypeError: not a tensor, or samples that are not floating point.
@@ -164,28 +182,33 @@ class Embedder(nn.Module):
             per_step: return timestamp embeddings; they stand at `timestamps_ms(samples)`.
 
         Returns:
-            For each batch its scene embeddings (B, E), or timestamp embeddings (B, T, E), float32 on the
-            model's device.
+            For each batch its scene embeddings (B, E) or (B, 2 E), or timestamp embeddings (B, T, E), float32 on
+            the model's device.
         """
         self._check_weights()
         # Not inference mode: autocast would cast all weights again at each pass, and results could not be trained on.
         with torch.no_grad():
-            chunks_of_batch = [self._chunks(batch.to(self.device)) for batch in batches]
+            chunks_of_batch = [self._chunks(self._bring(batch)) for batch in batches]
             chunks = [chunk for batch in chunks_of_batch for chunk in batch]
             rows = sum(chunk.steps for chunk in chunks) if per_step else len(chunks)
-            result = torch.empty(rows, self.scene_embedding_size, dtype=torch.float32, device=self.device)
+            size = self.timestamp_embedding_size if per_step else self.scene_embedding_size
+            result = torch.empty(rows, size, dtype=torch.float32, device=self.device)
             offsets = torch.tensor([0] + [chunk.steps for chunk in chunks]).cumsum(0)[:-1].to(self.device)
             for indices, embeddings in self._encode(chunks):
                 if per_step:
                     step = torch.arange(embeddings.shape[1], device=self.device)
                     result[(offsets[indices][:, None] + step).flatten()] = embeddings.flatten(0, 1)
                 else:
-                    result[indices] = embeddings.sum(1)
+                    result[indices] = self._pool_chunk(embeddings)
         counts = [sum(chunk.steps for chunk in batch) if per_step else len(batch) for batch in chunks_of_batch]
         parts = [part.unflatten(0, (len(batch), -1)) for part, batch in zip(result.split(counts), batches)]
         if per_step:
             return parts
-        return [part.sum(1) / self.step_count(batch.shape[1]) for part, batch in zip(parts, batches)]
+        steps_of_batch = [
+            torch.tensor([chunk.steps for chunk in batch[: len(batch) // len(audio)]], device=self.device)
+            for batch, audio in zip(chunks_of_batch, batches)
+        ]
+        return [self._pool_clip(part, steps) for part, steps in zip(parts, steps_of_batch)]
 
     def embed_blocks(
         self, read: Callable[[], Iterable[Tensor]], per_step: bool = False, name: str = "audio"
@@ -199,8 +222,8 @@ class Embedder(nn.Module):
             name: what to call the clip in messages.
 
         Returns:
-            Scene embedding (1, E), or timestamp embeddings (1, T, E), float32 on the CPU: what `embed_batches` gives
-            for the whole clip, to rounding. And how many samples the clip has.
+            Scene embedding (1, E) or (1, 2 E), or timestamp embeddings (1, T, E), float32 on the CPU: what
+            `embed_batches` gives for the whole clip, to rounding. And how many samples the clip has.
 
         Raises:
             TypeError, ValueError: as `check_audio`; no samples, or not exact framing.
@@ -233,11 +256,16 @@ class Embedder(nn.Module):
                     if per_step:
                         parts.append(embeddings.cpu())
                     else:
-                        total += embeddings.sum(0).cpu()
+                        powers = [embeddings.double() ** power for power in range(1, 1 + self.moments)]
+                        total += torch.cat([values.sum(0) for values in powers]).cpu()
         if done == 0:
             raise ValueError(f"{name}: there are no samples")
         warn_of_peak(peak, name, stacklevel=3)
-        return (torch.cat(parts)[None] if per_step else (total / done).float()), samples
+        if per_step:
+            return torch.cat(parts)[None], samples
+        mean, *square = (total / done).split(self.timestamp_embedding_size, dim=1)
+        deviation = [(value - mean**2).clamp(min=0).sqrt() for value in square]
+        return torch.cat([mean, *deviation], dim=1).float(), samples
 
     def _chunks(self, audio: Tensor) -> list[Chunk]:
         """Frames of (B, samples) cut into chunks, clip by clip, equally many for each clip."""
@@ -275,6 +303,8 @@ class Embedder(nn.Module):
             encode = self.encoder
             if dtype is torch.float32 and axlstm_chunks.takes(self.encoder):
                 encode = axlstm_chunks.ChunkEncoder(self.encoder)
+            elif self.compile_encoder:
+                encode = self._encode_compiled
             for (_, steps), indices in alike.items():
                 for first in range(0, len(indices), self.max_chunks):
                     batch = indices[first : first + self.max_chunks]
@@ -284,6 +314,39 @@ class Embedder(nn.Module):
                     else:
                         embeddings = tokens.unflatten(1, (-1, patches.rows)).flatten(2)  # time-major: (chunks, T, E)
                     yield batch, embeddings[:, :steps].float()
+
+    def _pool_chunk(self, embeddings: Tensor) -> Tensor:
+        """What a scene embedding needs to know of a chunk's steps: (chunks, T, E) -> (chunks, E) sums, for "mean_std"
+        (chunks, 2 E) with sums of squares about the chunk's own mean."""
+        if self.moments == 1:
+            return embeddings.sum(1)
+        variance, mean = torch.var_mean(embeddings, dim=1, correction=0)
+        return embeddings.shape[1] * torch.cat([mean, variance], dim=1)
+
+    def _pool_clip(self, pooled: Tensor, steps: Tensor) -> Tensor:
+        """Scene embeddings of clips from their pooled chunks (B, chunks, ...), which have (chunks,) steps."""
+        if self.moments == 1:
+            return pooled.sum(1) / steps.sum()
+        sums, squares = pooled.chunk(2, dim=2)
+        mean = sums.sum(1, keepdim=True) / steps.sum()  # (B, 1, E)
+        steps = steps[:, None]
+        squares = squares + steps * (sums / steps - mean) ** 2  # about the clip's mean
+        return torch.cat([mean[:, 0], (squares.sum(1) / steps.sum()).sqrt()], dim=1)
+
+    def _encode_compiled(self, frames: Tensor) -> Tensor:
+        """The encoder, compiled once for full chunks, however many; each shorter length would be compiled anew."""
+        if frames.shape[1] < self.encoder.config.patches.chunk_frames:
+            with torch.compiler.set_stance("force_eager"):
+                return self.encoder(frames)
+        if frames.shape[0] > 1:  # one chunk is a case of its own for torch
+            torch._dynamo.maybe_mark_dynamic(frames, 0)
+        return self.encoder(frames)
+
+    def _bring(self, audio: Tensor) -> Tensor:
+        """Audio on the model's device. A GPU fetches it by itself, while the CPU goes on."""
+        if self.device.type == "cuda" and audio.device.type == "cpu":
+            return audio.pin_memory().to(self.device, non_blocking=True)
+        return audio.to(self.device)
 
     def _check_weights(self) -> None:
         dtype = self.encoder.cls_token.dtype

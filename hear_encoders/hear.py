@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hear_encoders.checkpoint import WEIGHTS_FILE, load_checkpoint, resolve
-from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Precision
+from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Pooling, Precision
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class HearModule:
         precision: Precision = "auto",
         max_chunks: int = DEFAULT_MAX_CHUNKS,
         statistics: Sequence[float] | None = None,
+        pooling: Pooling = "mean",
+        compile: bool = False,
     ) -> Embedder:
         """Load a model on the CPU; move it with `.to(device)`.
 
@@ -52,6 +54,9 @@ class HearModule:
             precision: of the encoder's matmuls; "auto", "float32", "bfloat16" or "float16".
             max_chunks: chunks of 2 s per forward pass; bounds memory, does not change the result.
             statistics: mean and standard deviation of log-mel to normalise with instead of each clip's own.
+            pooling: of a clip's time steps into its scene embedding: "mean", as in the papers, or "mean_std", which
+                appends their standard deviation and so is twice as long.
+            compile: run the encoder through `torch.compile`, which takes a minute or more at the first call.
 
         Returns:
             A `torch.nn.Module` with `sample_rate` (16000 Hz), `scene_embedding_size`,
@@ -62,7 +67,14 @@ class HearModule:
             PermissionError, ConnectionError: the Hub asks for a token, or failed.
             ValueError: a damaged or foreign checkpoint, one of another family, or an impossible option.
         """
-        options = {"framing": framing, "precision": precision, "max_chunks": max_chunks, "statistics": statistics}
+        options = {
+            "framing": framing,
+            "precision": precision,
+            "max_chunks": max_chunks,
+            "statistics": statistics,
+            "pooling": pooling,
+            "compile": compile,
+        }
         if model_file_path:
             source = resolve(model_file_path, revision)
         elif revision is not None:
@@ -75,7 +87,7 @@ class HearModule:
         return Embedder(encoder, **options).eval()
 
     def get_scene_embeddings(self, audio: Tensor, model: Embedder) -> Tensor:
-        """One embedding per clip, the mean over its time steps, without gradients.
+        """One embedding per clip, the mean over its time steps (or what `pooling` says), without gradients.
 
         To fine-tune an encoder, train `model.encoder`, on log-mel normalised as `hear_encoders.frontend` does.
 

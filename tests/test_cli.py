@@ -646,6 +646,40 @@ def test_batch_that_does_not_fit_into_memory_fails_alone(embed, interrupt, recor
     assert len(np.load("out.npz")["paths"]) == 4
 
 
+def test_a_batch_is_written_while_the_next_is_embedded(embed, recordings, workplace, monkeypatch) -> None:
+    events = []
+    embed_batches, fetch = Embedder.embed_batches, corpus._Embedded.fetch
+
+    def embedding(self, batches, per_step=False):
+        events.append("embed")
+        return embed_batches(self, batches, per_step)
+
+    def fetching(self):
+        events.append("fetch")
+        return fetch(self)
+
+    monkeypatch.setattr(Embedder, "embed_batches", embedding)
+    monkeypatch.setattr(corpus._Embedded, "fetch", fetching)
+    assert embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1).code == 0
+    assert events == ["embed", *["embed", "fetch"] * (len(RECORDINGS) - 1), "fetch"]
+
+
+def test_batch_that_fails_while_it_is_computed_fails_alone(embed, recordings, workplace, monkeypatch) -> None:
+    fetch = corpus._Embedded.fetch
+
+    def fetching(self):
+        if self.files[0].name == "nested/a.wav":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return fetch(self)
+
+    monkeypatch.setattr(corpus._Embedded, "fetch", fetching)
+    outcome = embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1)
+    assert outcome.code == 1
+    (line,) = outcome.err.splitlines()
+    assert str(recordings / "nested" / "a.wav") in line and "in a batch of 1 files: CUDA error" in line
+    assert len(np.load("out.npz")["paths"]) == 4
+
+
 @pytest.mark.parametrize("output", ["out.npz", "out.parquet"])
 def test_no_output_when_every_file_is_bad(embed, workplace, output: str) -> None:
     needs_pyarrow(output)

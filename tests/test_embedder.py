@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -43,6 +44,22 @@ def test_scene_embedding_is_the_mean_over_steps(small_embedder, noise, kind, sam
     embedder, audio = small_embedder(kind, max_chunks=2), noise(3, samples)
     steps, _ = embedder.timestamp_embeddings(audio)
     torch.testing.assert_close(embedder.scene_embeddings(audio), steps.mean(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("framing", ["exact", "reference"])
+@pytest.mark.parametrize("samples", [1, 5000, 32000, 80001])
+def test_a_deviation_over_steps_comes_after_their_mean_if_asked_for(small_embedder, noise, framing, samples):
+    options = {"max_chunks": 2, "framing": framing}
+    embedder, audio = small_embedder("axlstm", pooling="mean_std", **options), 3 * noise(3, samples)
+    steps, _ = embedder.timestamp_embeddings(audio)
+    scenes = embedder.scene_embeddings(audio)
+    assert scenes.shape == (3, embedder.scene_embedding_size) == (3, 2 * embedder.timestamp_embedding_size)
+    mean, deviation = scenes.chunk(2, dim=1)
+    torch.testing.assert_close(mean, small_embedder("axlstm", **options).scene_embeddings(audio), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(deviation, steps.double().std(1, correction=0).float(), rtol=1e-4, atol=1e-5)
+    if framing == "exact":
+        in_blocks, _ = embedder.embed_blocks(lambda: audio[0].split(3000))
+        torch.testing.assert_close(in_blocks, scenes[:1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("click_ms", [1000, 2400, 3333])
@@ -207,6 +224,8 @@ def test_auto_precision_is_float32_on_the_cpu():
         ({"precision": "int8"}, "precision must be one of 'auto', 'float32', 'bfloat16', 'float16'; got 'int8'"),
         ({"max_chunks": 0}, "max_chunks must be an integer of at least 1, got 0"),
         ({"max_chunks": 2.5}, "max_chunks must be an integer of at least 1, got 2.5"),
+        ({"pooling": "max"}, "pooling must be one of 'mean', 'mean_std'; got 'max'"),
+        ({"compile": "yes"}, "compile must be True or False, got 'yes'"),
         ({"statistics": [1.0]}, r"statistics must be \[mean, standard deviation\], .* got \[1.0\]"),
         ({"statistics": [0.0, 0.0]}, r"the latter above 0; got \[0.0, 0.0\]"),
         ({"statistics": [float("nan"), 1.0]}, r"the latter above 0; got \[nan, 1.0\]"),
@@ -327,6 +346,34 @@ for _ in range(6):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(min(faults[3:]))
 """
+
+
+COMPILED = """
+import torch
+from torch._dynamo.utils import counters
+from hear_encoders import AxLSTMConfig, Embedder, TransformerConfig, build_encoder
+
+audio = 0.1 * torch.randn(9, 72_000, generator=torch.Generator().manual_seed(0))
+for config, precision in (
+    (TransformerConfig("audiomaepp", dim=48, depth=1, heads=3), "float32"),
+    (AxLSTMConfig("axlstm", dim=48, depth=1), "bfloat16"),
+):
+    plain = Embedder(build_encoder(config, seed=1).eval(), precision=precision)
+    compiled = Embedder(build_encoder(config, seed=1).eval(), precision=precision, compile=True)
+    for clips, samples in ((9, 32_000), (1, 32_000), (3, 72_000), (2, 20_000)):  # full chunks and shorter ones
+        expected, got = (model.timestamp_embeddings(audio[:clips, :samples])[0] for model in (plain, compiled))
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 if precision == "float32" else 0.1)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3, counters["stats"]  # one chunk, and several
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    counters.clear()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_encoder_gives_what_the_plain_one_gives_and_is_compiled_for_full_chunks_only():
+    # in a process of its own: what torch.compile imports and keeps is no matter of the other tests
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=600)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have allocators of their own")

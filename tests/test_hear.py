@@ -93,10 +93,13 @@ def test_embeddings_are_float32_on_the_audios_device(module, checkpoints, noise)
 
 def test_options_that_arrive_as_json_work(checkpoints, noise):
     options = json.loads(
-        '{"framing": "reference", "precision": "bfloat16", "max_chunks": 2, "revision": null, "statistics": [-6.5, 3]}'
+        '{"framing": "reference", "precision": "bfloat16", "max_chunks": 2, "revision": null,'
+        ' "statistics": [-6.5, 3], "compile": true}'
     )
     model = hear_axlstm.load_model(checkpoints["axlstm"], **options)
     assert (model.framing, model.precision, model.max_chunks) == ("reference", "bfloat16", 2)
+    assert model.compile_encoder
+    model = hear_axlstm.load_model(checkpoints["axlstm"], **options | {"compile": False})
     assert hear_axlstm.get_timestamp_embeddings(noise(1, 32000), model)[0].shape == (1, 51, 240)
 
 
