@@ -83,7 +83,7 @@ class ChunkEncoder:
         )
 
     def _groups(self, weight: Tensor) -> Tensor:
-        """Blocks (.., out, in) as matrices with several of them on the diagonal, for inputs from the left."""
+        """Blocks (.., in, out) as matrices with several of them on the diagonal, for inputs from the left."""
         merged = weight.unflatten(1, (-1, self.map_size // weight.shape[-1]))  # (blocks, I / P, merged, in, out)
         return torch.diag_embed(merged.permute(0, 1, 3, 4, 2), dim1=2, dim2=4).flatten(4).flatten(2, 3)
 
@@ -173,7 +173,8 @@ class _Room:
         for begin in range(0, length, part):
             end = min(begin + part, length)
             weights, scores = empty(2, chunks * heads, end - begin, end)
-            self.parts.append((begin, end, q[:, begin:end], keys[:, :, :end], v[:, :end], h[:, begin:end], weights, scores))
+            views = q[:, begin:end], keys[:, :, :end], v[:, :end], h[:, begin:end]
+            self.parts.append((begin, end, *views, weights, scores))
 
     def run_cell(self, log_i: Tensor, log_f: Tensor) -> None:
         """The mLSTM cell in its parallel form, part by part, see `hear_encoders.mlstm`: q, c and v become h.
