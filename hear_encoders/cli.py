@@ -72,8 +72,9 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
     live.add_argument("--channels", type=positive(int), metavar="N", help=f"of raw samples; default: {raw.channels}")
     options = parser.parse_args(arguments)
     options.model = options.model or (STREAMING_MODEL if options.stream else MODELS[0])
-    if options.stream and (options.inputs != ["-"] or options.output or options.timestamps):
-        parser.error("--stream takes - as its only input, and neither --output nor --timestamps")
+    of_files = (options.output, options.timestamps, options.compile, options.pooling != "mean")
+    if options.stream and (options.inputs != ["-"] or any(of_files)):
+        parser.error("--stream takes - as its only input, and no --output, --timestamps, --pooling or --compile")
     if not options.stream and not options.output:
         parser.error("the following arguments are required: -o/--output")
     of_streams = (options.warm_up, options.encoding, options.sample_rate, options.channels)
@@ -112,7 +113,7 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a file's steps: their mean, or with their standard deviation after it; default: %(default)s",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="with torch.compile: faster on a GPU, after a minute or more"
+        "--compile", action="store_true", help="with torch.compile: for GPUs; takes a minute or more at first"
     )
     parser.add_argument(
         "--statistics",
@@ -242,7 +243,7 @@ def embedding_settings(embedder: Embedder, model: str, root: Path) -> dict[str, 
         "weights": checkpoint.fingerprint(embedder.encoder),
         "framing": embedder.framing,
         "statistics": embedder.statistics and list(embedder.statistics),
-        "pooling": embedder.pooling,
+        **({} if embedder.pooling == "mean" else {"pooling": embedder.pooling}),
         "precision": str(resolve_precision(embedder.precision, embedder.device)).removeprefix("torch."),
     }
 

@@ -138,7 +138,7 @@ def embed_files(
     """
     failures: list[Failure] = []
 
-    def add(file: AudioFile, embedding: Tensor, samples: int) -> None:
+    def add(file: AudioFile, samples: int, embedding: Tensor) -> None:
         times = embedder.timestamps_ms(samples).numpy() if timestamps else None
         try:
             output.add(str(file.path), file.name, embedding[0].numpy(), times)
@@ -155,22 +155,23 @@ def embed_files(
                 good.append((file, future.result()))
             else:
                 failures.append(_failure(file, error))
-        files_of_batch = [file for file, _ in good]
+        lengths = [(file, audio.shape[1]) for file, audio in good]
         try:
             embeddings = embedder.embed_batches([audio for _, audio in good], timestamps) if good else []
+            return _Embedded(len(batch), lengths, embeddings)
         except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
-            failures.extend(_failures_of_batch(files_of_batch, error))
-            files_of_batch, embeddings = [], []
-        return _Embedded(len(batch), files_of_batch, [audio.shape[1] for _, audio in good], embeddings)
+            failures.extend(_failures_of_batch([file for file, _ in good], error))
+            return _Embedded(len(batch), [], [])
 
     def take(batch: _Embedded) -> None:
         try:
             embeddings = batch.fetch()
         except RuntimeError as error:  # of a GPU that computed in the meantime
-            failures.extend(_failures_of_batch(batch.files, error))
-        else:
-            for file, samples, embedding in zip(batch.files, batch.samples, embeddings):
-                add(file, embedding, samples)
+            failures.extend(_failures_of_batch([file for file, _ in batch.files], error))
+            batch.files.clear()
+        while batch.files:
+            add(*batch.files[0], embeddings[-len(batch.files)])
+            batch.files.popleft()
         on_done(batch.count)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -179,15 +180,16 @@ def embed_files(
         long = [file for seconds, file in by_length if seconds > LONG_S and embedder.framing == "exact"]
         decoded = _decode_ahead(pool, by_length[: len(by_length) - len(long)], 2 * batch_seconds)
         # A GPU works on a batch while the one before is taken and written, and while the next is decoded.
-        newest: _Embedded | None = None
+        underway: deque[_Embedded] = deque()
         try:
             for batch in _batches(decoded, batch_seconds):
-                before, newest = newest, embed(batch)
-                if before is not None:
-                    take(before)
-        finally:  # also if interrupted: what is embedded is done
-            if newest is not None:
-                take(newest)
+                underway.append(embed(batch))
+                if len(underway) > 1:
+                    take(underway[0])
+                    underway.popleft()
+        finally:  # also if that was interrupted: what is embedded is written
+            for embedded in underway:
+                take(embedded)
         for file in long:
             try:
                 read = partial(_one_ahead, pool, partial(read_audio, file.path))
@@ -195,7 +197,7 @@ def embed_files(
             except (OSError, ValueError, MemoryError, RuntimeError) as error:
                 failures.append(_failure(file, error))
             else:
-                add(file, embedding, samples)
+                add(file, samples, embedding)
             on_done(1)
     return sorted(failures, key=lambda failure: failure.path)
 
@@ -204,22 +206,24 @@ class _Embedded:
     """Embeddings of a batch of files, on their way to the CPU.
 
     Attributes:
-        count: files of the batch, also those that could not be decoded.
-        files, samples: those that were embedded, and their lengths.
+        count: files of the batch, also those that failed.
+        files: those whose embeddings are yet to be written, with their numbers of samples.
     """
 
-    def __init__(self, count: int, files: list[AudioFile], samples: list[int], embeddings: list[Tensor]) -> None:
-        self.count, self.files, self.samples = count, files, samples
-        self._embeddings = [embedding.to("cpu", non_blocking=True) for embedding in embeddings]
-        self._there = None
-        if embeddings and embeddings[0].is_cuda:
+    def __init__(self, count: int, files: list[tuple[AudioFile, int]], embeddings: list[Tensor]) -> None:
+        self.count, self.files = count, deque(files)
+        self._on_gpu = bool(embeddings) and embeddings[0].is_cuda
+        # Only of CUDA is there an event to wait for.
+        self._embeddings = [embedding.to("cpu", non_blocking=self._on_gpu) for embedding in embeddings]
+        if self._on_gpu:
             self._there = torch.cuda.Event()
             self._there.record(torch.cuda.current_stream(embeddings[0].device))
 
     def fetch(self) -> list[Tensor]:
         """Wait for the embeddings: (1, E) or (1, T, E) for each file."""
-        if self._there is not None:
+        if self._on_gpu:
             self._there.synchronize()
+            self._on_gpu, self._embeddings = False, [embedding.clone() for embedding in self._embeddings]  # pageable
         return self._embeddings
 
 

@@ -45,7 +45,7 @@ from hear_encoders.cli import (
 )
 from hear_encoders.corpus import AudioFile, Failure, embed_files, find_audio
 from hear_encoders.embedder import Embedder
-from hear_encoders.outputs import ParquetOutput, check_parquet, output_kind
+from hear_encoders.outputs import ParquetOutput, check_parquet, output_kind, settings_difference
 
 PLAN_FILE = "_plan.json"
 POLL_S = 1.0
@@ -185,10 +185,8 @@ def _settings(options: argparse.Namespace, embedder: Embedder, root: Path) -> di
 
 def _check_settings(options: argparse.Namespace, embedder: Embedder, root: Path) -> None:
     """Raise ValueError where the plan was made with other settings: also by a machine with, say, other weights."""
-    there = _read_plan(options.output)["settings"]
-    for key, value in _settings(options, embedder, root).items():
-        if there.get(key) != value:
-            raise ValueError(f"{options.output} holds embeddings made with {key} = {there.get(key)!r}, now {value!r}")
+    if difference := settings_difference(_read_plan(options.output)["settings"], _settings(options, embedder, root)):
+        raise ValueError(f"{options.output} holds embeddings made with {difference}")
 
 
 def _read_plan(output: Path) -> dict[str, Any]:

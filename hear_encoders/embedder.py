@@ -108,16 +108,14 @@ class Embedder(nn.Module):
         self.max_chunks = max_chunks
         self.statistics = None if statistics is None else check_statistics(statistics)
         self.pooling = pooling
-        self.moments = 2 if pooling == "mean_std" else 1
-        self.compile_encoder = compile
-        if compile:
-            encoder.compile()
+        self.compiles = compile
+        self._compiled: tuple[Encoder, Callable[[Tensor], Tensor]] | None = None
         self.log_mel = LogMel()
         patches = encoder.config.patches
         if patches.bands != BANDS:
             raise ValueError(f"patches.bands must be {BANDS}, as many as the front end makes, got {patches.bands}")
         self.timestamp_embedding_size = patches.rows * encoder.config.dim
-        self.scene_embedding_size = self.moments * self.timestamp_embedding_size
+        self.scene_embedding_size = (2 if pooling == "mean_std" else 1) * self.timestamp_embedding_size
         self.step_ms = HOP_MS * patches.patch_frames
         self.first_step_ms = HOP_MS * (patches.patch_frames - 1) / 2  # centre of the first column's frames
         keep_freed_memory()
@@ -188,27 +186,24 @@ class Embedder(nn.Module):
         self._check_weights()
         # Not inference mode: autocast would cast all weights again at each pass, and results could not be trained on.
         with torch.no_grad():
+            # Nothing after this waits for a GPU: it works while whoever called prepares the next batches.
             chunks_of_batch = [self._chunks(self._bring(batch)) for batch in batches]
             chunks = [chunk for batch in chunks_of_batch for chunk in batch]
             rows = sum(chunk.steps for chunk in chunks) if per_step else len(chunks)
             size = self.timestamp_embedding_size if per_step else self.scene_embedding_size
             result = torch.empty(rows, size, dtype=torch.float32, device=self.device)
-            offsets = torch.tensor([0] + [chunk.steps for chunk in chunks]).cumsum(0)[:-1].to(self.device)
+            offsets = torch.tensor([0] + [chunk.steps for chunk in chunks], device="cpu").cumsum(0)
             for indices, embeddings in self._encode(chunks):
+                row = torch.tensor(indices, device="cpu")
                 if per_step:
-                    step = torch.arange(embeddings.shape[1], device=self.device)
-                    result[(offsets[indices][:, None] + step).flatten()] = embeddings.flatten(0, 1)
-                else:
-                    result[indices] = self._pool_chunk(embeddings)
+                    row = (offsets[row][:, None] + torch.arange(embeddings.shape[1], device="cpu")).flatten()
+                values = embeddings.flatten(0, 1) if per_step else self._pool_chunk(embeddings)
+                result.index_copy_(0, self._bring(row), values)
         counts = [sum(chunk.steps for chunk in batch) if per_step else len(batch) for batch in chunks_of_batch]
         parts = [part.unflatten(0, (len(batch), -1)) for part, batch in zip(result.split(counts), batches)]
         if per_step:
             return parts
-        steps_of_batch = [
-            torch.tensor([chunk.steps for chunk in batch[: len(batch) // len(audio)]], device=self.device)
-            for batch, audio in zip(chunks_of_batch, batches)
-        ]
-        return [self._pool_clip(part, steps) for part, steps in zip(parts, steps_of_batch)]
+        return [self._pool_clip(part, self.step_count(batch.shape[1])) for part, batch in zip(parts, batches)]
 
     def embed_blocks(
         self, read: Callable[[], Iterable[Tensor]], per_step: bool = False, name: str = "audio"
@@ -256,8 +251,9 @@ class Embedder(nn.Module):
                     if per_step:
                         parts.append(embeddings.cpu())
                     else:
-                        powers = [embeddings.double() ** power for power in range(1, 1 + self.moments)]
-                        total += torch.cat([values.sum(0) for values in powers]).cpu()
+                        values = embeddings.cpu().double()
+                        powers = [values] if self.pooling == "mean" else [values, values**2]
+                        total += torch.cat([power.sum(0) for power in powers])
         if done == 0:
             raise ValueError(f"{name}: there are no samples")
         warn_of_peak(peak, name, stacklevel=3)
@@ -303,7 +299,7 @@ class Embedder(nn.Module):
             encode = self.encoder
             if dtype is torch.float32 and axlstm_chunks.takes(self.encoder):
                 encode = axlstm_chunks.ChunkEncoder(self.encoder)
-            elif self.compile_encoder:
+            elif self.compiles:
                 encode = self._encode_compiled
             for (_, steps), indices in alike.items():
                 for first in range(0, len(indices), self.max_chunks):
@@ -318,29 +314,35 @@ class Embedder(nn.Module):
     def _pool_chunk(self, embeddings: Tensor) -> Tensor:
         """What a scene embedding needs to know of a chunk's steps: (chunks, T, E) -> (chunks, E) sums, for "mean_std"
         (chunks, 2 E) with sums of squares about the chunk's own mean."""
-        if self.moments == 1:
+        if self.pooling == "mean":
             return embeddings.sum(1)
         variance, mean = torch.var_mean(embeddings, dim=1, correction=0)
         return embeddings.shape[1] * torch.cat([mean, variance], dim=1)
 
-    def _pool_clip(self, pooled: Tensor, steps: Tensor) -> Tensor:
-        """Scene embeddings of clips from their pooled chunks (B, chunks, ...), which have (chunks,) steps."""
-        if self.moments == 1:
-            return pooled.sum(1) / steps.sum()
+    def _pool_clip(self, pooled: Tensor, steps: int) -> Tensor:
+        """Scene embeddings of clips of so many steps from their pooled chunks, (B, chunks, E) or (B, chunks, 2 E)."""
+        if self.pooling == "mean":
+            return pooled.sum(1) / steps
         sums, squares = pooled.chunk(2, dim=2)
-        mean = sums.sum(1, keepdim=True) / steps.sum()  # (B, 1, E)
-        steps = steps[:, None]
-        squares = squares + steps * (sums / steps - mean) ** 2  # about the clip's mean
-        return torch.cat([mean[:, 0], (squares.sum(1) / steps.sum()).sqrt()], dim=1)
+        mean = sums.sum(1, keepdim=True) / steps  # (B, 1, E)
+        full = self.encoder.config.patches.steps
+        steps_of_chunk = sums.new_full((sums.shape[1], 1), full)
+        steps_of_chunk[-1:].fill_(steps - full * (len(steps_of_chunk) - 1))
+        squares = squares + steps_of_chunk * (sums / steps_of_chunk - mean) ** 2  # about the clip's mean
+        return torch.cat([mean[:, 0], (squares.sum(1) / steps).sqrt()], dim=1)
 
     def _encode_compiled(self, frames: Tensor) -> Tensor:
         """The encoder, compiled once for full chunks, however many; each shorter length would be compiled anew."""
         if frames.shape[1] < self.encoder.config.patches.chunk_frames:
-            with torch.compiler.set_stance("force_eager"):
-                return self.encoder(frames)
+            return self.encoder(frames)
+        if self._compiled is None or self._compiled[0] is not self.encoder:
+            self._compiled = self.encoder, torch.compile(self.encoder)
         if frames.shape[0] > 1:  # one chunk is a case of its own for torch
             torch._dynamo.maybe_mark_dynamic(frames, 0)
-        return self.encoder(frames)
+        return self._compiled[1](frames)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_compiled": None}  # a copy, or another process, compiles for itself
 
     def _bring(self, audio: Tensor) -> Tensor:
         """Audio on the model's device. A GPU fetches it by itself, while the CPU goes on."""

@@ -30,14 +30,15 @@ SHORTEST_CLIP = WINDOW // 2 + 1
 # So many frames of audio before a frame make its window whole.
 FRAMES_BEFORE = math.ceil(WINDOW / 2 / HOP)
 
-# Frames per STFT call. Bounds the complex spectrum's memory (1.6 kB a frame) however long the clip is.
-FRAMES_PER_SLICE = 12_000
+# Frames per STFT call. Bounds the complex spectrum's memory (3.2 kB a frame) however long the clip is.
+FRAMES_PER_SLICE = 6_000
 
 
 class LogMel(nn.Module):
     """Log-mel spectrogram of a batch of waveforms.
 
-    Always float32: the logarithm of a power spectrum does not survive half precision.
+    Never in half precision, which the logarithm of a power spectrum does not survive: the FFT is in float64 (on MPS,
+    which has none, in float32), the rest in float32.
     """
 
     def __init__(self) -> None:

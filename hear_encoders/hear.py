@@ -56,7 +56,8 @@ class HearModule:
             statistics: mean and standard deviation of log-mel to normalise with instead of each clip's own.
             pooling: of a clip's time steps into its scene embedding: "mean", as in the papers, or "mean_std", which
                 appends their standard deviation and so is twice as long.
-            compile: run the encoder through `torch.compile`, which takes a minute or more at the first call.
+            compile: run the encoder through `torch.compile`, which takes a minute or more at the first call; not an
+                AxLSTM in float32 on the CPU, which has a faster form.
 
         Returns:
             A `torch.nn.Module` with `sample_rate` (16000 Hz), `scene_embedding_size`,

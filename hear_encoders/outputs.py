@@ -90,6 +90,14 @@ def open_output(path: Path, timestamps: bool, settings: dict[str, Any]) -> Outpu
     return NpzOutput(path, timestamps) if kind == "npz" else ParquetOutput(path, timestamps)
 
 
+def settings_difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first setting that is another now, in words; empty if there is none."""
+    for key in {**now, **earlier}:
+        if earlier.get(key) != now.get(key):
+            return f"{key} = {earlier.get(key)!r}, now {now.get(key)!r}"
+    return ""
+
+
 class NpzOutput:
     """One `.npz` file, written at the end."""
 
@@ -190,12 +198,8 @@ class FolderOutput:
                 raise ValueError(f"expected a JSON object, got {type(earlier).__name__}")
         except ValueError as error:
             raise ValueError(f"{self._record}: damaged ({error}); choose another folder") from error
-        for key, value in self._settings.items():
-            if earlier.get(key) != value:
-                raise ValueError(
-                    f"{path} holds embeddings made with {key} = {earlier.get(key)!r}, now {value!r}: "
-                    "choose another folder or delete it"
-                )
+        if difference := settings_difference(earlier, self._settings):
+            raise ValueError(f"{path} holds embeddings made with {difference}: choose another folder or delete it")
 
     def has(self, name: str) -> bool:
         path = self._embedding_path(name)

@@ -165,7 +165,17 @@ def _parametrized(encoder: AxLSTMEncoder) -> None:
     nn.utils.parametrizations.weight_norm(encoder.blocks[0].up)
 
 
-@pytest.mark.parametrize("change", [_double, _hook, _pre_hook, _other_module, _other_forward, _parametrized])
+def _bias(encoder: AxLSTMEncoder) -> None:
+    encoder.blocks[0].up = nn.Linear(encoder.config.dim, 2 * encoder.config.inner_dim)
+
+
+def _no_bias(encoder: AxLSTMEncoder) -> None:
+    encoder.blocks[1].gate_i.bias = None
+
+
+@pytest.mark.parametrize(
+    "change", [_bias, _no_bias, _double, _hook, _pre_hook, _other_module, _other_forward, _parametrized]
+)
 def test_an_encoder_that_was_changed_runs_in_its_plain_form(change):
     encoder = encoder_with()
     assert axlstm_chunks.takes(encoder)

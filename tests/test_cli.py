@@ -32,6 +32,7 @@ from hear_encoders import (
     build_encoder,
     corpus,
     load_audio,
+    outputs,
     save_checkpoint,
 )
 from hear_encoders.cli import embed_main, weights_main
@@ -664,11 +665,27 @@ def test_a_batch_is_written_while_the_next_is_embedded(embed, recordings, workpl
     assert events == ["embed", *["embed", "fetch"] * (len(RECORDINGS) - 1), "fetch"]
 
 
+def test_a_write_that_is_interrupted_leaves_out_nothing_that_is_embedded(embed, recordings, workplace, monkeypatch) -> None:
+    add, calls = outputs.FolderOutput.add, []
+
+    def adding(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return add(self, *arguments)
+
+    monkeypatch.setattr(outputs.FolderOutput, "add", adding)
+    with contextlib.suppress(KeyboardInterrupt):
+        embed(recordings, "-o", "out", "--batch-seconds", 0.1)
+    # The second file was being written, the third embedded.
+    assert len(read_scenes(workplace / "out", workplace)) == 3
+
+
 def test_batch_that_fails_while_it_is_computed_fails_alone(embed, recordings, workplace, monkeypatch) -> None:
     fetch = corpus._Embedded.fetch
 
     def fetching(self):
-        if self.files[0].name == "nested/a.wav":
+        if self.files[0][0].name == "nested/a.wav":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return fetch(self)
 
@@ -1011,6 +1028,8 @@ def test_files_that_failed_are_tried_again(embed, recordings, workplace) -> None
         ([], ["--framing", "reference"], "framing"),
         ([], ["--precision", "bfloat16"], "precision"),
         (["--statistics", "-6", "3.5"], [], "statistics"),
+        ([], ["--pooling", "mean_std"], "pooling"),
+        (["--pooling", "mean_std"], [], "pooling"),
         ([], ["--model", "hear_axlstm", "--weights", "axlstm"], "model"),
     ],
     ids=lambda value: " ".join(value) or "plain" if isinstance(value, list) else "",

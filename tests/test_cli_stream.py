@@ -89,8 +89,8 @@ def test_a_reader_that_goes_away_ends_it_quietly(weights, speech):
     ("arguments", "message"),
     [
         (["--stream", "a.wav"], "takes - as its only input"),
-        (["--stream", "-", "-o", "out.npz"], "neither --output nor"),
-        (["--stream", "-", "--timestamps"], "neither --output nor"),
+        (["--stream", "-", "-o", "out.npz"], "and no --output"),
+        (["--stream", "-", "--timestamps"], "and no --output"),
         (["--stream", "-", "--encoding", "mp3"], "invalid choice: 'mp3'"),
         (["--stream", "-", "--warm-up", "-1"], "at least 0, got '-1'"),
         (["a.wav"], "required: -o/--output"),

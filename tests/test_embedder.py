@@ -143,8 +143,9 @@ def test_an_encoder_of_other_bands_is_refused():
         Embedder(encoder)
 
 
-def test_another_default_dtype_of_torch_changes_nothing(small_embedder, noise):
-    embedder, audio = small_embedder(), noise(1, 20000)
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_default_dtype_of_torch_changes_nothing(small_embedder, noise, kind):
+    embedder, audio = small_embedder(kind), noise(1, 20000)
     expected = embedder.scene_embeddings(audio)
     torch.set_default_dtype(torch.float64)
     try:
@@ -349,6 +350,7 @@ print(min(faults[3:]))
 
 
 COMPILED = """
+import copy, pickle
 import torch
 from torch._dynamo.utils import counters
 from hear_encoders import AxLSTMConfig, Embedder, TransformerConfig, build_encoder
@@ -365,6 +367,8 @@ for config, precision in (
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 if precision == "float32" else 0.1)
     assert 1 <= counters["stats"]["unique_graphs"] <= 3, counters["stats"]  # one chunk, and several
     assert compiled.state_dict().keys() == plain.state_dict().keys()
+    again = pickle.loads(pickle.dumps(copy.deepcopy(compiled)))
+    torch.testing.assert_close(again.scene_embeddings(audio), compiled.scene_embeddings(audio))
     counters.clear()
 """
 

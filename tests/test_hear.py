@@ -98,7 +98,7 @@ def test_options_that_arrive_as_json_work(checkpoints, noise):
     )
     model = hear_axlstm.load_model(checkpoints["axlstm"], **options)
     assert (model.framing, model.precision, model.max_chunks) == ("reference", "bfloat16", 2)
-    assert model.compile_encoder
+    assert model.compiles
     model = hear_axlstm.load_model(checkpoints["axlstm"], **options | {"compile": False})
     assert hear_axlstm.get_timestamp_embeddings(noise(1, 32000), model)[0].shape == (1, 51, 240)
 
