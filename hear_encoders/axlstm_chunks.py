@@ -41,20 +41,25 @@ def takes(encoder: nn.Module) -> bool:
     return (
         encoder.mode == "chunkwise"
         and config.inner_dim // config.heads % config.projection_block == 0
+        and all(map(_is_plain, encoder.modules()))
         and all(
-            type(module) in KNOWN_MODULES
-            and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-            for module in encoder.modules()
-        )
-        and all(
-            type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.dtype is torch.float32
-            for parameter in encoder.parameters()
-        )
-        and all(
-            block.up.bias is None
-            and block.down.bias is None
-            and not (block.gate_i.bias is None or block.gate_f.bias is None)
+            (block.up.bias, block.down.bias) == (None, None)
+            and block.gate_i.bias is not None
+            and block.gate_f.bias is not None
             for block in encoder.blocks
+        )
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return (
+        type(module) in KNOWN_MODULES
+        and not hooked
+        and all(
+            parameter is None
+            or (type(parameter) is nn.Parameter and parameter.dtype is torch.float32 and parameter.is_cpu)
+            for parameter in module._parameters.values()
         )
     )
 

@@ -665,7 +665,9 @@ def test_a_batch_is_written_while_the_next_is_embedded(embed, recordings, workpl
     assert events == ["embed", *["embed", "fetch"] * (len(RECORDINGS) - 1), "fetch"]
 
 
-def test_a_write_that_is_interrupted_leaves_out_nothing_that_is_embedded(embed, recordings, workplace, monkeypatch) -> None:
+def test_a_write_that_is_interrupted_leaves_out_nothing_that_is_embedded(
+    embed, recordings, workplace, monkeypatch
+) -> None:
     add, calls = outputs.FolderOutput.add, []
 
     def adding(self, *arguments):
