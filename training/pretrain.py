@@ -431,4 +431,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # All is written. Threads of torch that are still there may abort a process while Python is taken down around
+        # them ("terminate called without an active exception"), and torchrun would call a finished run a failed one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
