@@ -113,7 +113,9 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a file's steps: their mean, or with their standard deviation after it; default: %(default)s",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="with torch.compile: for GPUs and bfloat16; takes a minute or more at first"
+        "--compile",
+        action="store_true",
+        help="with torch.compile: for GPUs and bfloat16; takes a minute or more at first",
     )
     parser.add_argument(
         "--statistics",
