@@ -19,7 +19,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import time
 from collections.abc import Sequence
@@ -191,7 +190,7 @@ class Benchmark:
             if embedder is None:
                 encoder = build_encoder(config, seed=0).to(self.device).eval()
                 plan = ReleasedPlan(encoder, self.dtype)
-                embedder = Embedder(copy.deepcopy(encoder), **self.options).to(self.device).eval()
+                embedder = Embedder(encoder, **self.options).to(self.device).eval()
                 same = Embedder(encoder, framing="reference", precision="float32")
                 _assert_same(ReleasedPlan(encoder), same, 2 * SAMPLE_RATE)
             result = self.measure(cell, embedder, plan)
@@ -210,7 +209,7 @@ class Benchmark:
             return plan.timestamp_embeddings(audio)
 
         # Counted in float32, where the number is the same: under autocast the counter breaks torch.einsum.
-        plain = Embedder(copy.deepcopy(embedder.encoder), precision="float32").to(self.device).eval()
+        plain = Embedder(embedder.encoder, precision="float32").to(self.device).eval()
         flop = count_flop(lambda: plain.timestamp_embeddings(audio))
         ours()
         peak = peak_bytes(ours, self.device)  # returns memory to the system, so the plan warms up after it

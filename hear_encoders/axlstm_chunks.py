@@ -144,9 +144,9 @@ class ChunkEncoder:
         gates = torch.addmm(torch.addmm(gate_bias, room.input, gates_of_input), c, gates_of_c)  # (S N, 2 H)
         gates = gates.view(room.length, -1, 2, self.heads).permute(2, 1, 3, 0).flatten(1, 2)  # (2, N H, S)
         torch.bmm(room.c_groups, c_to_q, out=room.mapped)
-        room.q_groups.copy_(room.mapped_groups)
+        room.q_groups.copy_(room.mapped)
         torch.bmm(room.input_groups, input_to_v, out=room.mapped)
-        room.v_groups.copy_(room.mapped_groups)
+        room.v_groups.copy_(room.mapped)
         room.run_cell(F.logsigmoid(gates[0]) if block.input_gate == "sigmoid" else gates[0], F.logsigmoid(gates[1]))
 
         h = F.layer_norm(room.h, (self.head_dim,), eps=HEAD_NORM_EPS).view(-1, self.inner_dim)
@@ -178,7 +178,7 @@ class _Room:
         self.z = v
         self.input_groups, self.c_groups = by_group(self.input), by_group(self.c)
         self.mapped = empty(inner // size, tokens, size)
-        self.q_groups, self.v_groups, self.mapped_groups = by_group(q), by_group(v), self.mapped
+        self.q_groups, self.v_groups = by_group(q), by_group(v)
         self.h = self.input.view(-1, heads, head_dim)
 
         q, keys, v, h = by_head(q), by_head(self.c).mT, by_head(v), by_head(self.input)
