@@ -154,12 +154,13 @@ class Benchmark:
     Args:
         device, precision, max_chunks, compile: as for `Embedder`.
         budget_s: a cell that would end later than this after now is not begun.
+        turns: at least so many in a cell.
     """
 
     def __init__(
-        self, device: torch.device, precision: Precision, max_chunks: int, compile: bool, budget_s: float
+        self, device: torch.device, precision: Precision, max_chunks: int, compile: bool, budget_s: float, turns: int
     ) -> None:
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.turns = device, precision, turns
         self.options = {"precision": precision, "max_chunks": max_chunks, "compile": compile}
         self.dtype = resolve_precision(precision, device)
         self.deadline = time.perf_counter() + budget_s
@@ -181,7 +182,7 @@ class Benchmark:
             # Before a preset's first cell the plan is checked: two clips, ours in the plan's framing too.
             check = 2 * self.chunks_of_turn(Cell(name, 2.0, 2), config) * chunk_flop if embedder is None else 0
             fraction = self.fraction_of_kind.get(type(config), ASSUMED_FRACTION)
-            needed_s = ((LEAST_TURNS + 2) * turn + check) / (fraction * self.matmul_rate)  # 2: counting, warming up
+            needed_s = ((self.turns + 2) * turn + check) / (fraction * self.matmul_rate)  # 2: counting, warming up
             if time.perf_counter() + needed_s > self.deadline:
                 reason = f"skipped: would exceed the time budget (needs about {needed_s / 60:.1f} min)"
                 results.append(Result(cell, skipped=reason))
@@ -210,12 +211,15 @@ class Benchmark:
 
         # Counted in float32, where the number is the same: under autocast the counter breaks torch.einsum.
         plain = Embedder(embedder.encoder, precision="float32").to(self.device).eval()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the counter sees its own thread only
         flop = count_flop(lambda: plain.timestamp_embeddings(audio))
+        torch.set_num_threads(threads)
         ours()
         peak = peak_bytes(ours, self.device)  # returns memory to the system, so the plan warms up after it
         theirs()
         self.matmul()
-        ours_s, plan_s, matmul_s = take_turns([ours, theirs, self.matmul], self.device)
+        ours_s, plan_s, matmul_s = take_turns([ours, theirs, self.matmul], self.device, self.turns)
         return Result(cell, ours_s, plan_s, flop, self.matmul.flop / matmul_s, peak)
 
     @staticmethod
@@ -291,6 +295,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--turns", type=int, default=LEAST_TURNS, help="at least, for each row (default: %(default)s)")
     parser.add_argument(
         "--budget-minutes", type=float, default=30.0, help="cells that would end later are skipped (default: 30)"
     )
@@ -305,8 +310,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--device cuda: torch finds no CUDA device")
     if min(options.seconds) * SAMPLE_RATE < 1:
         parser.error(f"--seconds: expected at least one sample, got {min(options.seconds)}")
-    if min(options.max_chunks, *options.batch, options.threads or 1) < 1 or options.threads == 0:
-        parser.error("--batch, --max-chunks and --threads must be at least 1")
+    if min(options.max_chunks, options.turns, *options.batch, options.threads or 1) < 1 or options.threads == 0:
+        parser.error("--batch, --max-chunks, --turns and --threads must be at least 1")
     return options
 
 
@@ -315,7 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     budget_s = 60 * options.budget_minutes
-    benchmark = Benchmark(options.device, options.precision, options.max_chunks, options.compile, budget_s)
+    benchmark = Benchmark(
+        options.device, options.precision, options.max_chunks, options.compile, budget_s, options.turns
+    )
     chunk_flop = {name: count_chunk_flop(PRESETS[name]) for name in dict.fromkeys(options.presets)}
     results: list[Result] = []
     try:

@@ -36,11 +36,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def take_turns(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+def take_turns(
+    calls: Sequence[Callable[[], object]], device: torch.device, least_turns: int = LEAST_TURNS
+) -> list[float]:
     """Run A B C A B C ...; return each one's median time in seconds. Warming up is the caller's part."""
     times: list[list[float]] = [[] for _ in calls]
     first = time.perf_counter()
-    while len(times[0]) < LEAST_TURNS or time.perf_counter() - first < CELL_SECONDS:
+    while len(times[0]) < least_turns or time.perf_counter() - first < CELL_SECONDS:
         for call, taken in zip(calls, times):
             synchronize(device)
             begin = time.perf_counter()

@@ -7,7 +7,11 @@ tokens before them instead of carrying a memory C. `hear_encoders.axlstm` holds 
 one against it.
 
 Queries and keys are linear maps of the same c, and only their products count: q_t . k_s = c_t . (Wq^T Wk) c_s. So one
-map is enough, and c itself serves as keys.
+map is enough, and c itself serves as queries.
+
+The weight of token s at token t, exp(g_s - max(g_1..g_t)) (see `hear_encoders.mlstm`), need not be made for every pair:
+exp(g_s) may scale the keys, and what belongs to t cancels in h. Only where gates are so extreme that float32 cannot hold
+exp(g_s) of a whole chunk are the weights made one by one.
 
 Letters in shape comments: N chunks that go through a block together, S tokens of a chunk (cls first), D channels of a
 token, H heads, K channels of a head, I = H * K, P channels that a block-diagonal map takes at once, L tokens of a part.
@@ -26,8 +30,13 @@ from hear_encoders.mlstm import LOG_WEIGHT_FLOOR, NORMALIZER_EPS
 
 # Measured on CPUs of two cores; see benchmarks/README.md.
 TOKENS_TOGETHER = 512  # of N chunks, for each thread
-PART = 128  # L at most: its weights are made for all tokens up to its last, half of the last L x L for nothing
-MAP_SIZE = 48  # P at most
+PART = 84  # L at most: products are made with all tokens up to the part's last, half of the last L x L for nothing
+MAP_SIZE = 24  # P at most
+
+# exp(g_s) is float32 relative to the middle of where max(g_1..g_t) begins and ends: at most REACH apart. What is that
+# much smaller than the smallest maximum that it cannot be seen is zero, or products of it would be denormal numbers.
+REACH = 80.0
+SCALE_FLOOR = -REACH / 2 - 25.0
 
 KNOWN_MODULES = {AxLSTMEncoder, MLSTMBlock, BlockDiagonal, CausalConv, HeadNorm, nn.Linear, nn.LayerNorm, nn.ModuleList}
 
@@ -87,10 +96,10 @@ class ChunkEncoder:
         self.folded = list(
             zip(
                 of_blocks("conv.weight").mT.flip(1).contiguous(),  # (kernel, I), the latest first
-                (_fold(of_q, q) + _fold(of_k, k)).mT.contiguous(),  # (I, 2 H), of c
-                _fold(of_v, v).mT.contiguous(),  # (I, 2 H), of the convolution's input
-                of_blocks("gate_i.bias", "gate_f.bias"),
-                self._groups(q.mT @ k * self.head_dim**-0.5),  # (I / P, P, P), from c to q
+                _fold(of_q, q) + _fold(of_k, k),  # (2 H, I), of c
+                _fold(of_v, v),  # (2 H, I), of the convolution's input
+                of_blocks("gate_i.bias", "gate_f.bias").double()[..., None],  # (2 H, 1)
+                self._groups(k.mT @ q * self.head_dim**-0.5),  # (I / P, P, P), from c to keys
                 self._groups(v.mT),
             )
         )
@@ -129,7 +138,7 @@ class ChunkEncoder:
         gates_of_c: Tensor,
         gates_of_input: Tensor,
         gate_bias: Tensor,
-        c_to_q: Tensor,
+        c_to_k: Tensor,
         input_to_v: Tensor,
     ) -> None:
         """Add to x, (S N, D), what a block makes of it."""
@@ -141,12 +150,12 @@ class ChunkEncoder:
             c.addcmul_(shifted, tap)
         F.silu(c, inplace=True)
 
-        gates = torch.addmm(torch.addmm(gate_bias, room.input, gates_of_input), c, gates_of_c)  # (S N, 2 H)
-        gates = gates.view(room.length, -1, 2, self.heads).permute(2, 1, 3, 0).flatten(1, 2)  # (2, N H, S)
-        torch.bmm(room.c_groups, c_to_q, out=room.mapped)
-        room.q_groups.copy_(room.mapped)
+        # Few rows by many columns: the other way round it takes three times as long.
+        gates = torch.mm(gates_of_input, room.input.T).addmm_(gates_of_c, c.T).double().add_(gate_bias)  # (2 H, S N)
+        gates = gates.view(2, self.heads, room.length, -1).permute(0, 3, 1, 2).flatten(1, 2)  # (2, N H, S)
         torch.bmm(room.input_groups, input_to_v, out=room.mapped)
         room.v_groups.copy_(room.mapped)
+        torch.bmm(room.c_groups, c_to_k, out=room.mapped)
         room.run_cell(F.logsigmoid(gates[0]) if block.input_gate == "sigmoid" else gates[0], F.logsigmoid(gates[1]))
 
         h = F.layer_norm(room.h, (self.head_dim,), eps=HEAD_NORM_EPS).view(-1, self.inner_dim)
@@ -174,39 +183,51 @@ class _Room:
         seen = empty(past + tokens, inner)
         seen[:past] = 0  # before the first token there is nothing
         self.shifted = [seen[past - ago : past - ago + tokens] for ago in range(0, past + 1, chunks)]
-        self.input, self.c, q, v = seen[past:], empty(tokens, inner), empty(tokens, inner), empty(tokens, inner)
+        self.input, self.c, k, v = seen[past:], empty(tokens, inner), empty(tokens, inner), empty(tokens, inner)
         self.z = v
-        self.input_groups, self.c_groups = by_group(self.input), by_group(self.c)
+        self.input_groups, self.c_groups, self.v_groups = by_group(self.input), by_group(self.c), by_group(v)
         self.mapped = empty(inner // size, tokens, size)
-        self.q_groups, self.v_groups = by_group(q), by_group(v)
+        self.unscaled_keys = self.mapped.view(heads, -1, length, chunks, size)
+        self.keys = by_group(k).view(heads, -1, length, chunks, size)
         self.h = self.input.view(-1, heads, head_dim)
 
-        q, keys, v, h = by_head(q), by_head(self.c).mT, by_head(v), by_head(self.input)
+        q, keys, v, h = by_head(self.c), by_head(k).mT, by_head(v), by_head(self.input)
         part = -(-length // -(-length // PART))
         self.parts = []
         for begin in range(0, length, part):
             end = min(begin + part, length)
-            weights, scores = empty(2, chunks * heads, end - begin, end)
-            views = q[:, begin:end], keys[:, :, :end], v[:, :end], h[:, begin:end]
-            self.parts.append((begin, end, *views, weights, scores))
+            scores = empty(chunks * heads, end - begin, end)
+            self.parts.append((begin, end, q[:, begin:end], keys[:, :, :end], v[:, :end], h[:, begin:end], scores))
 
     def run_cell(self, log_i: Tensor, log_f: Tensor) -> None:
-        """The mLSTM cell in its parallel form, part by part, see `hear_encoders.mlstm`: q, c and v become h.
+        """The mLSTM cell in its parallel form, part by part, see `hear_encoders.mlstm`: c, mapped and v become h.
 
         Args:
-            log_i, log_f: (N H, S) logarithms of the gates.
+            log_i, log_f: (N H, S) logarithms of the gates, float64: sums may be large, and differences of them count.
         """
-        forgotten = log_f.double().cumsum(1)  # sums may be large, and differences of them count
+        forgotten = log_f.cumsum(1)
         g = log_i - forgotten
         largest = g.cummax(1).values
-        bound = (forgotten + largest).neg_().exp_().float()  # may be infinite: then nothing is read out
-        for begin, end, q, keys, v, h, weights, scores in self.parts:
-            torch.sub(g[:, None, :end], largest[:, begin:end, None], out=weights)  # (N H, L, tokens so far)
-            # The floor keeps denormal numbers away; above 0 is the future only, which is then taken out.
-            weights.clamp_(LOG_WEIGHT_FLOOR[torch.float32], 0.0).exp_()
-            weights[:, :, begin:].tril_()
-            torch.bmm(q, keys, out=scores).mul_(weights)
-            normalizer = torch.maximum(scores.sum(2).abs_(), bound[:, begin:end]).add_(NORMALIZER_EPS)
+        lowest, highest = largest[:, :1], largest[:, -1:]
+        in_reach = bool((highest - lowest).max() < REACH)
+        # Weights at token t are relative to this; all that the normaliser is held against is, too.
+        base = (lowest + highest) / 2 if in_reach else largest
+        bound = (forgotten + base).neg_().exp_().float()  # may be infinite: then nothing is read out
+        eps = (largest - base).exp_().mul_(NORMALIZER_EPS).float()
+        if in_reach:
+            scale = F.threshold(g - base, SCALE_FLOOR, -torch.inf).exp_().float()  # (N H, S)
+            scale = scale.view(-1, *self.keys.shape[:1], self.length).permute(1, 2, 0)  # (H, S, N)
+            torch.mul(self.unscaled_keys, scale[:, None, :, :, None], out=self.keys)
+        else:
+            self.keys.copy_(self.unscaled_keys)
+        for begin, end, q, keys, v, h, scores in self.parts:
+            torch.bmm(q, keys, out=scores)  # (N H, L, tokens so far)
+            if not in_reach:
+                # The floor keeps denormal numbers away; above 0 is the future only, which is then taken out.
+                log_weights = (g[:, None, :end] - base[:, begin:end, None]).float()
+                scores.mul_(log_weights.clamp_(LOG_WEIGHT_FLOOR[torch.float32], 0.0).exp_())
+            scores[:, :, begin:].tril_()
+            normalizer = torch.maximum(scores.sum(2).abs_(), bound[:, begin:end]).add_(eps[:, begin:end])
             torch.div(scores @ v, normalizer[:, :, None], out=h)
 
 

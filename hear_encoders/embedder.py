@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hear_encoders import axlstm_chunks, reference
 from hear_encoders.allocator import keep_freed_memory
-from hear_encoders.encoders import Encoder
+from hear_encoders.encoders import Encoder, is_as_built
 from hear_encoders.frontend import (
     BANDS,
     HOP,
@@ -31,6 +31,7 @@ from hear_encoders.frontend import (
     normalize,
     statistics_of_blocks,
 )
+from hear_encoders.threads import encode_side_by_side
 
 Framing = Literal["exact", "reference"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -296,20 +297,28 @@ class Embedder(nn.Module):
             alike[chunk.frames.shape[0], chunk.steps].append(index)
         dtype = resolve_precision(self.precision, self.device)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            encode = self.encoder
-            if dtype is torch.float32 and axlstm_chunks.takes(self.encoder):
-                encode = axlstm_chunks.ChunkEncoder(self.encoder)
-            elif self.compiles:
-                encode = self._encode_compiled
+            encode, threads = self._form(dtype)
             for (_, steps), indices in alike.items():
-                for first in range(0, len(indices), self.max_chunks):
-                    batch = indices[first : first + self.max_chunks]
-                    tokens = encode(torch.stack([chunks[index].frames for index in batch]))  # (chunks, N, D)
+                for batch in _passes(indices, self.max_chunks, threads):
+                    frames = torch.stack([chunks[index].frames for index in batch])
+                    # Where fewer chunks than threads are left, the threads share every operation.
+                    parts = threads if len(batch) % threads == 0 else 1
+                    tokens = encode_side_by_side(encode, frames, parts)  # (chunks, N, D)
                     if self.framing == "reference":
                         embeddings = reference.regroup_tokens(tokens, patches)
                     else:
                         embeddings = tokens.unflatten(1, (-1, patches.rows)).flatten(2)  # time-major: (chunks, T, E)
                     yield batch, embeddings[:, :steps].float()
+
+    def _form(self, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], int]:
+        """The encoder in its form for this dtype, and in how many threads chunks may go through it side by side."""
+        plain_cpu = dtype is torch.float32 and self.device.type == "cpu" and is_as_built(self.encoder)
+        threads = torch.get_num_threads() if plain_cpu else 1
+        if plain_cpu and axlstm_chunks.takes(self.encoder):
+            return axlstm_chunks.ChunkEncoder(self.encoder), threads
+        if self.compiles:
+            return self._encode_compiled, 1
+        return self.encoder, threads
 
     def _pool_chunk(self, embeddings: Tensor) -> Tensor:
         """What a scene embedding needs to know of a chunk's steps: (chunks, T, E) -> (chunks, E) sums, for "mean_std"
@@ -366,6 +375,16 @@ def _in_pieces(blocks: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, bo
             kept = kept[size:]
     if kept is not None:
         yield kept, True
+
+
+def _passes(indices: list[int], most: int, threads: int) -> Iterator[list[int]]:
+    """Cut into forward passes of at most so many chunks, for each thread equally many in all but the last."""
+    even = len(indices) // threads * threads if most >= threads else 0
+    size = most // threads * threads or most
+    for first in range(0, even, size):
+        yield indices[first : min(first + size, even)]
+    for first in range(even, len(indices), most):
+        yield indices[first : first + most]
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from hear_encoders.axlstm import AxLSTMEncoder
 from hear_encoders.config import AxLSTMConfig, EncoderConfig, TransformerConfig
@@ -31,3 +32,13 @@ def build_encoder(config: EncoderConfig, seed: int | None = None) -> Encoder:
         encoder = ENCODER_OF_CONFIG[type(config)](config)
         encoder.reset_parameters()
     return encoder
+
+
+def is_as_built(module: nn.Module) -> bool:
+    """Whether a module and all in it are of this package's or torch's own kinds, with nothing hung on them that would
+    notice in which order, or in which thread, they are called."""
+    return all(
+        type(part).__module__.startswith(("hear_encoders.", "torch.nn.modules."))
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        for part in module.modules()
+    )
