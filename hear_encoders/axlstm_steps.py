@@ -30,6 +30,7 @@ from hear_encoders.axlstm import (
 from hear_encoders.mlstm import LOG_WEIGHT_FLOOR, NORMALIZER_EPS
 from hear_encoders.patches import patchify
 
+FEW_ROWS = 16
 SMALLEST_WEIGHT = math.exp(LOG_WEIGHT_FLOOR[torch.float32])  # of a token, relative to the largest
 
 
@@ -99,9 +100,11 @@ class _Room:
         rows, size, groups = batch * length, block.size, inner // block.size
         empty = partial(torch.empty, dtype=torch.float32, device=block.up.device)
 
-        self.up = empty(rows, 2 * inner + 2 * heads)
+        width = 2 * inner + 2 * heads
+        # A product of few rows takes a third less time when it is written column by column.
+        self.up = empty(width, rows).T if rows <= FEW_ROWS else empty(rows, width)
         x, self.z, self.gates_of_input = self.up.split([inner, inner, 2 * heads], dim=1)
-        self.x = x.view(batch, length, inner)
+        self.x = x.unflatten(0, (batch, length))
         seen = empty(batch, past + length, inner)  # inputs of the convolution
         self.past, self.now, self.latest = seen[:, :past], seen[:, past:], seen[:, length:]
         self.shifted = [seen[:, past - ago : past - ago + length] for ago in range(past + 1)]  # latest first
@@ -162,7 +165,7 @@ class _StepBlock:
         self.norm = block.norm.weight.detach().clone()
         of_q, of_k, of_v = torch.cat([block.gate_i.weight, block.gate_f.weight]).detach().chunk(3, dim=1)
         up = block.up.weight.detach()
-        self.up = torch.cat([up, block.v.fold(of_v).detach() @ up[:inner]]).T.contiguous()  # (D, 2 I + 2 H)
+        self.up = torch.cat([up, block.v.fold(of_v).detach() @ up[:inner]]).T  # (D, 2 I + 2 H)
         bias = torch.cat([block.gate_i.bias, block.gate_f.bias]).detach()
         self.up_bias = torch.cat([bias.new_zeros(2 * inner), bias])
         self.taps = list(block.conv.weight.detach().T.flip(0).contiguous())  # (I,) each, latest first

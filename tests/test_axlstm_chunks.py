@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hear_encoders import AxLSTMConfig, Embedder, PatchConfig, axlstm_chunks, build_encoder
@@ -33,7 +35,7 @@ def assert_equals_plain(encoder: AxLSTMEncoder, logmel: Tensor, tolerance: float
     torch.testing.assert_close(ChunkEncoder(encoder)(logmel).double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("frames", [4, 8, 12, 60, 100, 104, 196, 200])  # 6 to 251 tokens: one part and two
+@pytest.mark.parametrize("frames", [4, 8, 12, 60, 100, 104, 196, 200])  # 6 to 251 tokens: up to three parts
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_it_equals_the_plain_form_at_any_length(batch, frames):
     assert_equals_plain(encoder_with(), chunks(batch, frames))
@@ -86,6 +88,29 @@ def test_extreme_gates_equal_the_plain_form(gate_i, gate_f):
         block.gate_i.bias.data += gate_i
         block.gate_f.bias.data += gate_f
     assert_equals_plain(encoder, chunks(2, 200))
+
+
+@pytest.mark.parametrize("distance", [30.0, 79.0, 81.0, 400.0])
+def test_weights_near_and_past_the_reach_of_float32_equal_the_plain_form(monkeypatch, distance):
+    encoder, scaled = encoder_with(), []
+    for block in encoder.blocks:
+        block.gate_i.weight.data.zero_()
+        block.gate_f.weight.data.zero_()
+        block.gate_f.bias.data.fill_(-math.log(math.expm1(distance / 250)))  # a step forgets so much, 250 steps all
+    threshold = F.threshold
+    monkeypatch.setattr(F, "threshold", lambda *arguments: scaled.append(1) or threshold(*arguments))
+    with torch.no_grad():
+        ChunkEncoder(encoder)(chunks(1, 200))
+    assert len(scaled) == (2 if distance < axlstm_chunks.REACH else 0)  # blocks whose keys are scaled
+    monkeypatch.undo()
+    assert_equals_plain(encoder, chunks(2, 200))
+
+
+@pytest.mark.parametrize("frames", [4, 60, 196, 200])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_weights_made_one_by_one_equal_the_plain_form(monkeypatch, frames, batch):
+    monkeypatch.setattr(axlstm_chunks, "REACH", 0.0)
+    assert_equals_plain(encoder_with(), chunks(batch, frames))
 
 
 def test_gates_that_open_and_close_equal_the_plain_form():

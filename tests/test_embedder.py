@@ -335,9 +335,9 @@ def test_an_hour_runs_in_less_than_1500_mb(preset):
 
 
 PAGE_FAULTS_PROGRAM = """
-import dataclasses, resource, torch
+import dataclasses, resource, sys, torch
 from hear_encoders import Embedder, build_encoder, preset
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[1]))
 embedder = Embedder(build_encoder(dataclasses.replace(preset("axlstm_tiny"), depth=2), seed=0).eval())
 audio = torch.zeros(4, 32000)
 faults = []
@@ -381,8 +381,10 @@ def test_a_compiled_encoder_gives_what_the_plain_one_gives_and_is_compiled_for_f
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have allocators of their own")
-def test_calls_find_their_memory_in_place():
-    result = subprocess.run([sys.executable, "-c", PAGE_FAULTS_PROGRAM], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_calls_find_their_memory_in_place(threads):
+    program = [sys.executable, "-c", PAGE_FAULTS_PROGRAM, threads]
+    result = subprocess.run(program, capture_output=True, text=True, check=True)
     assert int(result.stdout) < 200  # pages new to the process in one call; thousands where freed memory was given back
 
 

@@ -1,0 +1,197 @@
+"""Threads that encode chunks side by side: same results, one core each, and nothing changed for anybody else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from hear_encoders import Embedder, embedder
+from hear_encoders.embedder import _passes
+from hear_encoders.threads import encode_side_by_side
+
+
+@pytest.fixture
+def torch_threads():
+    """torch_threads(n) sets torch's number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads_asked_for(monkeypatch) -> list[tuple[int, int]]:
+    """(chunks, threads) of every forward pass."""
+    asked = []
+
+    def counted(encode, frames: Tensor, threads: int) -> Tensor:
+        asked.append((len(frames), threads))
+        return encode_side_by_side(encode, frames, threads)
+
+    monkeypatch.setattr(embedder, "encode_side_by_side", counted)
+    return asked
+
+
+@pytest.mark.parametrize("clips", [1, 2, 3, 7])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_results_are_those_of_one_thread(small_encoder, noise, torch_threads, threads, clips):
+    audio, model = noise(clips, 48_000), Embedder(small_encoder)  # a full chunk and half a chunk of each clip
+    expected, times = model.timestamp_embeddings(audio)
+    torch_threads(threads)
+    embeddings, same_times = model.timestamp_embeddings(audio)
+    torch.testing.assert_close(embeddings, expected, rtol=2e-5, atol=2e-5)
+    assert torch.equal(times, same_times)
+
+
+def test_every_thread_gets_as_many_chunks_and_what_is_left_over_goes_through_by_itself(
+    small_embedder, noise, torch_threads, threads_asked_for
+):
+    torch_threads(2)
+    small_embedder(max_chunks=5).scene_embeddings(noise(11, 32_000))
+    assert threads_asked_for == [(4, 2), (4, 2), (2, 2), (1, 1)]
+
+
+def test_fewer_chunks_than_threads_are_not_taken_apart(small_embedder, noise, torch_threads, threads_asked_for):
+    torch_threads(4)
+    small_embedder().scene_embeddings(noise(3, 32_000))
+    small_embedder(max_chunks=2).scene_embeddings(noise(4, 32_000))  # nor more of them taken at once than allowed
+    assert threads_asked_for == [(3, 1), (2, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"compile": True}])
+def test_half_precision_and_compiled_encoders_stay_in_the_calling_thread(
+    small_embedder, noise, torch_threads, threads_asked_for, options
+):
+    torch_threads(2)
+    model = small_embedder(**options)
+    model._compiled = (model.encoder, model.encoder)  # what is compiled is no matter here
+    model.scene_embeddings(noise(4, 32_000))
+    assert threads_asked_for == [(4, 1)]
+
+
+@pytest.mark.parametrize("kind", ["audiomaepp", "axlstm"])
+def test_hooks_are_called_in_the_calling_thread(small_embedder, noise, torch_threads, kind):
+    torch_threads(2)
+    model, seen = small_embedder(kind), []
+    model.encoder.blocks[1].register_forward_hook(lambda *_: seen.append(threading.current_thread()))
+    model.scene_embeddings(noise(4, 32_000))
+    assert seen == [threading.current_thread()]
+
+
+def test_modules_of_other_packages_stay_in_the_calling_thread(small_embedder, noise, torch_threads, threads_asked_for):
+    class Remembering(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = x
+            return x
+
+    torch_threads(2)
+    model = small_embedder()
+    model.encoder.blocks[0].mlp.activation = Remembering()
+    model.scene_embeddings(noise(4, 32_000))
+    assert threads_asked_for == [(4, 1)]
+    assert len(model.encoder.blocks[0].mlp.activation.last) == 4
+
+
+def test_threads_have_one_core_each_and_those_of_others_what_they_had(torch_threads):
+    torch_threads(3)
+    here, together, seen = threading.current_thread(), threading.Barrier(3), []
+
+    def encode(part: Tensor) -> Tensor:
+        together.wait(30)  # none is done before all have begun
+        seen.append((len(part), threading.current_thread() is here, torch.get_num_threads(), torch.is_grad_enabled()))
+        return part + 1
+
+    rows = torch.arange(6.0)
+    assert torch.equal(encode_side_by_side(encode, rows, 3), rows + 1)
+    assert seen == 3 * [(2, False, 1, False)]
+    assert torch.get_num_threads() == 3
+    begun_with = []
+    thread = threading.Thread(target=lambda: begun_with.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert begun_with == [3]
+
+
+def test_another_number_of_threads_is_followed(torch_threads):
+    for threads in (2, 4, 2):
+        torch_threads(threads)
+        together = threading.Barrier(threads)
+
+        def encode(part: Tensor, together: threading.Barrier = together) -> Tensor:
+            together.wait(30)
+            return part
+
+        assert len(encode_side_by_side(encode, torch.zeros(8), threads)) == 8
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_inference_mode_goes_along(torch_threads, inference):
+    torch_threads(2)
+    seen = []
+    with torch.inference_mode(inference):
+        encode_side_by_side(lambda part: (seen.append(torch.is_inference_mode_enabled()), part)[1], torch.zeros(2), 2)
+    assert seen == [inference, inference]
+
+
+def test_an_error_in_a_thread_is_raised_and_the_next_call_works(torch_threads):
+    torch_threads(2)
+
+    def encode(part: Tensor) -> Tensor:
+        if part[-1] == 3:
+            raise ValueError("in the last part")
+        return part
+
+    with pytest.raises(ValueError, match="in the last part"):
+        encode_side_by_side(encode, torch.arange(4.0), 2)
+    assert len(encode_side_by_side(encode, torch.zeros(4), 2)) == 4
+
+
+def test_a_thread_that_cannot_be_started_is_an_error_and_leaves_no_thread_waiting(torch_threads, monkeypatch):
+    torch_threads(5)
+    before, start, started = threading.active_count(), threading.Thread.start, []
+
+    def start_some(thread: threading.Thread) -> None:
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        encode_side_by_side(lambda part: part, torch.zeros(5), 5)
+    for thread in started:
+        thread.join(30)
+    assert threading.active_count() <= before
+    assert torch.get_num_threads() == 5
+
+
+def _in_a_fork(results: multiprocessing.SimpleQueue) -> None:
+    results.put(encode_side_by_side(lambda part: part + 1, torch.zeros(2), 2).tolist())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own(torch_threads):
+    torch_threads(2)
+    encode_side_by_side(lambda part: part, torch.zeros(2), 2)  # starts those of this process
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    process = context.Process(target=_in_a_fork, args=(results,), daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert results.get() == [1, 1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 9, 30])
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_passes_keep_the_order_and_the_limit(count, most, threads):
+    passes = list(_passes(list(range(count)), most, threads))
+    assert sum(passes, []) == list(range(count))
+    assert all(1 <= len(indices) <= most for indices in passes)
+    if most >= threads:  # all that can go side by side does
+        assert sum(len(indices) for indices in passes if len(indices) % threads) == count % threads
