@@ -9,9 +9,9 @@ one against it.
 Queries and keys are linear maps of the same c, and only their products count: q_t . k_s = c_t . (Wq^T Wk) c_s. So one
 map is enough, and c itself serves as queries.
 
-The weight of token s at token t, exp(g_s - max(g_1..g_t)) (see `hear_encoders.mlstm`), need not be made for every pair:
-exp(g_s) may scale the keys, and what belongs to t cancels in h. Only where gates are so extreme that float32 cannot hold
-exp(g_s) of a whole chunk are the weights made one by one.
+The weight of token s at token t, exp(g_s - max(g_1..g_t)) (see `hear_encoders.mlstm`), need not be made for each pair:
+exp(g_s) may scale the keys, and what belongs to t cancels in h. Only where gates are so extreme that float32 does not
+hold exp(g_s) of a whole chunk are the weights made one by one.
 
 Letters in shape comments: N chunks that go through a block together, S tokens of a chunk (cls first), D channels of a
 token, H heads, K channels of a head, I = H * K, P channels that a block-diagonal map takes at once, L tokens of a part.

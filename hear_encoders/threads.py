@@ -1,8 +1,8 @@
 """Chunks side by side on a CPU: threads that have one core each, and chunks of their own.
 
 Left to itself torch spreads every operation over all cores, and all wait for the slowest of them at the end of each:
-hundreds of times in a forward pass, over pieces of a millisecond, while each core fetches what another one wrote. Chunks
-do not depend on each other, so threads that each take some through the whole encoder need to meet only once.
+hundreds of times in a forward pass, over pieces of a millisecond, while each core fetches what another one wrote.
+Chunks do not depend on each other, so threads that each take some through the whole encoder need to meet only once.
 """
 
 from __future__ import annotations

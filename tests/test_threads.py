@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import threading
 
@@ -191,7 +192,7 @@ def test_a_forked_process_has_threads_of_its_own(torch_threads):
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_passes_keep_the_order_and_the_limit(count, most, threads):
     passes = list(_passes(list(range(count)), most, threads))
-    assert sum(passes, []) == list(range(count))
+    assert list(itertools.chain(*passes)) == list(range(count))
     assert all(1 <= len(indices) <= most for indices in passes)
     if most >= threads:  # all that can go side by side does
         assert sum(len(indices) for indices in passes if len(indices) % threads) == count % threads
