@@ -15,7 +15,8 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. What those are made of:
     audio, corpus, outputs      audio files in, embeddings out: many files at a time
     embed_corpus                the same on many machines, under torchrun
     pcm                         audio from a pipe
-    allocator, atomic           memory that is used again; files that are written whole
+    threads, allocator          chunks side by side on a CPU; memory that is used again
+    atomic                      files that are written whole
     hear, cli                   what the HEAR modules share; the commands hear-embed and hear-weights
 """
 

@@ -8,6 +8,7 @@ forward pass. Letters in shape comments: B clips, F frames, T time steps, E embe
 from __future__ import annotations
 
 import math
+import platform
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,7 +65,9 @@ class Embedder(nn.Module):
             drifting timestamps; needed to reproduce published numbers with published checkpoints.
         precision: what the encoder's matmuls run in. "auto" is float32 on the CPU and on MPS, bfloat16 on a
             CUDA device that has it, else float16. Results are float32 always.
-        max_chunks: chunks of 2 s per forward pass; bounds memory, does not change the result.
+        max_chunks: chunks of 2 s per forward pass; bounds memory, does not change the result. In float32 on a CPU,
+            from as many as torch has threads, each thread takes chunks of its own through the encoder; with fewer,
+            the threads share every operation.
         statistics: mean and standard deviation of log-mel to normalise with. None takes each clip's own over
             all its frames and bands, which is what the models are trained with.
         pooling: what a scene embedding is of the clip's timestamp embeddings: "mean", as in the papers, or "mean_std",
@@ -72,6 +75,9 @@ class Embedder(nn.Module):
         compile: run the encoder through `torch.compile`: the first call takes a minute or more, and what it compiled
             is kept on disk (TORCHINDUCTOR_CACHE_DIR) for the next process. Chunks shorter than 2 s are not compiled,
             nor is an AxLSTM in float32 on the CPU, which has a faster form.
+
+    Warns:
+        UserWarning: half precision was chosen on a CPU that has no instructions for it.
 
     Attributes:
         sample_rate: 16000, in Hz.
@@ -185,6 +191,7 @@ class Embedder(nn.Module):
             the model's device.
         """
         self._check_weights()
+        self._warn_of_slow_precision()
         # Not inference mode: autocast would cast all weights again at each pass, and results could not be trained on.
         with torch.no_grad():
             # Nothing after this waits for a GPU: it works while whoever called prepares the next batches.
@@ -225,6 +232,7 @@ class Embedder(nn.Module):
             TypeError, ValueError: as `check_audio`; no samples, or not exact framing.
         """
         self._check_weights()
+        self._warn_of_slow_precision()
         if self.framing != "exact":
             raise ValueError(f"only exact framing goes through a clip in blocks, got {self.framing!r}")
         patches, samples, peak, done = self.encoder.config.patches, 0, 0.0, 0
@@ -363,6 +371,19 @@ class Embedder(nn.Module):
         dtype = self.encoder.cls_token.dtype
         if not dtype == self.log_mel.mel.dtype == torch.float32:
             raise ValueError(f"the model's weights are {dtype}: keep them float32, and choose half with precision=...")
+
+    def _warn_of_slow_precision(self) -> None:
+        half = resolve_precision(self.precision, self.device) is not torch.float32
+        if half and self.device.type == "cpu" and _is_old_x86():
+            warnings.warn(
+                f"precision={self.precision!r} takes several times as long as 'float32' on a CPU without AVX-512",
+                stacklevel=4,  # whoever asked for embeddings
+            )
+
+
+def _is_old_x86() -> bool:
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return x86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
 
 
 def _in_pieces(blocks: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, bool]]:

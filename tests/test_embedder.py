@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import numpy as np
@@ -211,6 +212,30 @@ def test_precision_changes_results_only_by_rounding(small_encoder, noise, precis
     assert actual.dtype == torch.float32 and actual.isfinite().all()
     error = (actual - expected).norm() / expected.norm()
     assert error <= tolerance and (error > 0 or precision == "float32")
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "precision", "warns"),
+    [
+        ("x86_64", "AVX2", "bfloat16", True),
+        ("AMD64", "DEFAULT", "float16", True),
+        ("x86_64", "AVX512", "bfloat16", False),
+        ("aarch64", "DEFAULT", "bfloat16", False),
+        ("x86_64", "AVX2", "float32", False),
+        ("x86_64", "AVX2", "auto", False),
+    ],
+)
+def test_half_precision_on_a_cpu_without_instructions_for_it_warns(
+    small_embedder, noise, monkeypatch, machine, capability, precision, warns
+):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = small_embedder(precision=precision)
+    for embed in (lambda: model.scene_embeddings(noise(1, 800)), lambda: model.embed_blocks(lambda: noise(1, 800))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            embed()
+        assert ["CPU without AVX-512" in str(warning.message) for warning in caught] == ([True] if warns else [])
 
 
 def test_auto_precision_is_float32_on_the_cpu():
