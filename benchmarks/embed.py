@@ -211,10 +211,7 @@ class Benchmark:
 
         # Counted in float32, where the number is the same: under autocast the counter breaks torch.einsum.
         plain = Embedder(embedder.encoder, precision="float32").to(self.device).eval()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the counter sees its own thread only
         flop = count_flop(lambda: plain.timestamp_embeddings(audio))
-        torch.set_num_threads(threads)
         ours()
         peak = peak_bytes(ours, self.device)  # returns memory to the system, so the plan warms up after it
         theirs()

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hear_encoders import axlstm_chunks, reference
 from hear_encoders.allocator import keep_freed_memory
@@ -77,7 +78,7 @@ class Embedder(nn.Module):
             nor is an AxLSTM in float32 on the CPU, which has a faster form.
 
     Warns:
-        UserWarning: half precision was chosen on a CPU that has no instructions for it.
+        UserWarning: half precision was chosen on an x86 CPU without AVX-512. It comes when something is embedded.
 
     Attributes:
         sample_rate: 16000, in Hz.
@@ -191,7 +192,7 @@ class Embedder(nn.Module):
             the model's device.
         """
         self._check_weights()
-        self._warn_of_slow_precision()
+        self._warn_of_slow_precision(stacklevel=4)
         # Not inference mode: autocast would cast all weights again at each pass, and results could not be trained on.
         with torch.no_grad():
             # Nothing after this waits for a GPU: it works while whoever called prepares the next batches.
@@ -232,7 +233,7 @@ class Embedder(nn.Module):
             TypeError, ValueError: as `check_audio`; no samples, or not exact framing.
         """
         self._check_weights()
-        self._warn_of_slow_precision()
+        self._warn_of_slow_precision(stacklevel=3)
         if self.framing != "exact":
             raise ValueError(f"only exact framing goes through a clip in blocks, got {self.framing!r}")
         patches, samples, peak, done = self.encoder.config.patches, 0, 0.0, 0
@@ -321,7 +322,9 @@ class Embedder(nn.Module):
     def _form(self, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], int]:
         """The encoder in its form for this dtype, and in how many threads chunks may go through it side by side."""
         plain_cpu = dtype is torch.float32 and self.device.type == "cpu" and is_as_built(self.encoder)
-        threads = torch.get_num_threads() if plain_cpu else 1
+        # What looks at operations, such as torch's counter of FLOPs, sees those of its own thread only.
+        watched = _get_current_dispatch_mode() is not None
+        threads = torch.get_num_threads() if plain_cpu and not watched else 1
         if plain_cpu and axlstm_chunks.takes(self.encoder):
             return axlstm_chunks.ChunkEncoder(self.encoder), threads
         if self.compiles:
@@ -372,12 +375,12 @@ class Embedder(nn.Module):
         if not dtype == self.log_mel.mel.dtype == torch.float32:
             raise ValueError(f"the model's weights are {dtype}: keep them float32, and choose half with precision=...")
 
-    def _warn_of_slow_precision(self) -> None:
+    def _warn_of_slow_precision(self, stacklevel: int) -> None:
         half = resolve_precision(self.precision, self.device) is not torch.float32
         if half and self.device.type == "cpu" and _is_old_x86():
             warnings.warn(
                 f"precision={self.precision!r} takes several times as long as 'float32' on a CPU without AVX-512",
-                stacklevel=4,  # whoever asked for embeddings
+                stacklevel=stacklevel,
             )
 
 

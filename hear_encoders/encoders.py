@@ -35,9 +35,10 @@ def build_encoder(config: EncoderConfig, seed: int | None = None) -> Encoder:
 
 
 def is_as_built(module: nn.Module) -> bool:
-    """Whether a module and all in it are of this package's or torch's own kinds, with nothing hung on them that would
-    notice in which order, or in which thread, they are called."""
-    return all(
+    """Whether a module and all in it are of this package's or torch's own kinds, with nothing hung on them, nor on all
+    modules there are, that would notice in which order, or in which thread, they are called."""
+    of_all = torch.nn.modules.module
+    return not (of_all._global_forward_hooks or of_all._global_forward_pre_hooks) and all(
         type(part).__module__.startswith(("hear_encoders.", "torch.nn.modules."))
         and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
         for part in module.modules()

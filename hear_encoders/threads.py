@@ -11,10 +11,13 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+_starting = threading.Lock()
 
 
 def encode_side_by_side(encode: Callable[[Tensor], Tensor], frames: Tensor, threads: int) -> Tensor:
@@ -24,7 +27,8 @@ def encode_side_by_side(encode: Callable[[Tensor], Tensor], frames: Tensor, thre
         encode: from (B, ...) to (B, ...), each row by itself. With more than one thread it is called in all of them at
             once, without gradients, and whatever else is set for one thread only, such as autocast, is not set.
         frames: (B, ...), on the CPU if there is more than one thread.
-        threads: 1 calls `encode` here, where torch spreads every operation as it would.
+        threads: 1 calls `encode` here, where torch spreads every operation as it would. So it is where no threads can
+            be had, as when the process is about to end.
     """
     if threads == 1:
         return encode(frames)
@@ -34,28 +38,43 @@ def encode_side_by_side(encode: Callable[[Tensor], Tensor], frames: Tensor, thre
         with torch.inference_mode(inference), torch.no_grad():
             return encode(part)
 
-    return torch.cat(list(_pool(threads, os.getpid()).map(encode_part, frames.tensor_split(threads))))
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads with one core each. They belong to a process: a fork of it has none of them, and starts its own."""
-    all_there = threading.Barrier(threads + 1)
-    callers = torch.get_num_threads()
-
-    def start() -> None:
-        torch.get_num_threads()  # gives the thread what the process has set, as the first call in a thread does
-        torch.set_num_threads(1)
-        all_there.wait()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="hear_encoders", initializer=start)
     try:
-        for _ in range(threads):
-            pool.submit(int)  # starts a thread, as the others still wait
-        all_there.wait()
-    except BaseException:
-        all_there.abort()  # or those that were started would wait for ever
-        raise
-    finally:
-        torch.set_num_threads(callers)  # what threads begin with that are yet to come; it was 1 for a moment
+        pool = _pool(threads, os.getpid())
+        encoded = [pool.submit(encode_part, part) for part in frames.tensor_split(threads)]
+    except RuntimeError:
+        return encode(frames)
+    return torch.cat([part.result() for part in encoded])
+
+
+@lru_cache(maxsize=8)  # a few numbers of threads may be in use at a time
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads with one core each. They belong to a process: a fork of it would wait for threads that it does not have.
+
+    How many cores a thread has can only be set together with what threads begin with that are yet to come. One more
+    thread sets that back at once; so the caller's own setting is not touched.
+    """
+    all_there, all_set = (threading.Barrier(threads + 1) for _ in range(2))
+
+    def start(cores: int | None) -> None:
+        begun_with = torch.get_num_threads()  # the first call in a thread takes over what the process has set
+        with suppress(threading.BrokenBarrierError):  # some could not be started
+            all_there.wait()
+            if cores is None:
+                all_set.wait()
+                torch.set_num_threads(begun_with)
+            else:
+                torch.set_num_threads(cores)
+                all_set.wait()
+
+    with _starting:
+        setting_back = threading.Thread(target=start, args=[None])
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="hear_encoders", initializer=start, initargs=[1])
+        try:
+            setting_back.start()
+            for _ in range(threads):
+                pool.submit(int)  # starts a thread, as the others still wait
+            setting_back.join()
+        except BaseException:
+            all_there.abort()  # or those that were started would wait for ever
+            raise
     return pool

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 from hear_encoders import Embedder, embedder
 from hear_encoders.embedder import _passes
@@ -82,6 +86,29 @@ def test_hooks_are_called_in_the_calling_thread(small_embedder, noise, torch_thr
     assert seen == [threading.current_thread()]
 
 
+@pytest.mark.parametrize("kind", ["audiomaepp", "axlstm"])
+def test_hooks_on_all_modules_are_called_in_the_calling_thread(small_embedder, noise, torch_threads, kind):
+    torch_threads(2)
+    model, seen = small_embedder(kind), set()
+    handle = register_module_forward_hook(lambda *_: seen.add(threading.current_thread()))
+    try:
+        model.scene_embeddings(noise(4, 32_000))
+    finally:
+        handle.remove()
+    assert seen == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("kind", ["audiomaepp", "axlstm"])
+def test_a_counter_of_flops_sees_all(small_embedder, noise, torch_threads, kind):
+    model, counted = small_embedder(kind), []
+    for threads in (1, 2):
+        torch_threads(threads)
+        with FlopCounterMode(display=False) as counter:
+            model.scene_embeddings(noise(4, 32_000))
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 1e6
+
+
 def test_modules_of_other_packages_stay_in_the_calling_thread(small_embedder, noise, torch_threads, threads_asked_for):
     class Remembering(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +177,7 @@ def test_an_error_in_a_thread_is_raised_and_the_next_call_works(torch_threads):
     assert len(encode_side_by_side(encode, torch.zeros(4), 2)) == 4
 
 
-def test_a_thread_that_cannot_be_started_is_an_error_and_leaves_no_thread_waiting(torch_threads, monkeypatch):
+def test_where_no_thread_can_be_started_the_caller_does_it_and_none_is_left_waiting(torch_threads, monkeypatch):
     torch_threads(5)
     before, start, started = threading.active_count(), threading.Thread.start, []
 
@@ -161,12 +188,58 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_leaves_no_thread_waitin
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start_some)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        encode_side_by_side(lambda part: part, torch.zeros(5), 5)
+    parts = []
+    assert len(encode_side_by_side(lambda part: parts.append(len(part)) or part, torch.zeros(5), 5)) == 5
+    assert parts == [5]
     for thread in started:
         thread.join(30)
     assert threading.active_count() <= before
     assert torch.get_num_threads() == 5
+
+
+AFTER_THE_END = """
+import atexit, sys, threading, time
+import torch
+from hear_encoders.threads import encode_side_by_side
+
+torch.set_num_threads(2)
+
+def encode(part):
+    return part + 1
+
+def embed():
+    time.sleep(0.5)  # meanwhile the main thread ends
+    print(encode_side_by_side(encode, torch.zeros(4), 2).tolist())
+
+if sys.argv[2] == "warm":
+    encode_side_by_side(encode, torch.zeros(4), 2)
+atexit.register(embed) if sys.argv[1] == "atexit" else threading.Thread(target=embed).start()
+"""
+
+
+@pytest.mark.parametrize("state", ["warm", "cold"])
+@pytest.mark.parametrize("where", ["atexit", "thread"])
+def test_what_embeds_after_the_main_thread_has_ended_goes_on(where, state):
+    program = [sys.executable, "-c", AFTER_THE_END, where, state]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert (result.stdout, result.stderr) == ("[1.0, 1.0, 1.0, 1.0]\n", "")
+
+
+def test_another_count_of_the_callers_own_stays_its_own(torch_threads):
+    torch_threads(4)
+    own, others = [], []
+
+    def call() -> None:
+        torch.get_num_threads()
+        barrier = threading.Barrier(2)
+        encode_side_by_side(lambda part: (barrier.wait(30), part)[1], torch.zeros(2), 2)
+        own.append(torch.get_num_threads())
+
+    for target in (call, lambda: others.append(torch.get_num_threads())):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join(60)
+    assert (own, others) == ([4], [4])
 
 
 def _in_a_fork(results: multiprocessing.SimpleQueue) -> None:
