@@ -321,11 +321,11 @@ class Embedder(nn.Module):
 
     def _form(self, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], int]:
         """The encoder in its form for this dtype, and in how many threads chunks may go through it side by side."""
-        plain_cpu = dtype is torch.float32 and self.device.type == "cpu" and is_as_built(self.encoder)
+        cpu = dtype is torch.float32 and self.device.type == "cpu"
         # What looks at operations, such as torch's counter of FLOPs, sees those of its own thread only.
         watched = _get_current_dispatch_mode() is not None
-        threads = torch.get_num_threads() if plain_cpu and not watched else 1
-        if plain_cpu and axlstm_chunks.takes(self.encoder):
+        threads = torch.get_num_threads() if cpu and not watched and is_as_built(self.encoder) else 1
+        if cpu and axlstm_chunks.takes(self.encoder):
             return axlstm_chunks.ChunkEncoder(self.encoder), threads
         if self.compiles:
             return self._encode_compiled, 1
