@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hear_encoders.axlstm import HEAD_NORM_EPS, AxLSTMEncoder, BlockDiagonal, CausalConv, HeadNorm, MLSTMBlock
+from hear_encoders.encoders import is_hooked
 from hear_encoders.mlstm import LOG_WEIGHT_FLOOR, NORMALIZER_EPS
 
 # Measured on CPUs of two cores; see benchmarks/README.md.
@@ -61,10 +62,9 @@ def takes(encoder: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return (
         type(module) in KNOWN_MODULES
-        and not hooked
+        and not is_hooked(module)
         and all(
             parameter is None
             or (type(parameter) is nn.Parameter and parameter.dtype is torch.float32 and parameter.is_cpu)
@@ -216,7 +216,7 @@ class _Room:
         eps = (largest - base).exp_().mul_(NORMALIZER_EPS).float()
         if in_reach:
             scale = F.threshold(g - base, SCALE_FLOOR, -torch.inf).exp_().float()  # (N H, S)
-            scale = scale.view(-1, *self.keys.shape[:1], self.length).permute(1, 2, 0)  # (H, S, N)
+            scale = scale.unflatten(0, (-1, len(self.keys))).permute(1, 2, 0)  # (H, S, N)
             torch.mul(self.unscaled_keys, scale[:, None, :, :, None], out=self.keys)
         else:
             self.keys.copy_(self.unscaled_keys)

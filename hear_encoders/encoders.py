@@ -39,7 +39,11 @@ def is_as_built(module: nn.Module) -> bool:
     modules there are, that would notice in which order, or in which thread, they are called."""
     of_all = torch.nn.modules.module
     return not (of_all._global_forward_hooks or of_all._global_forward_pre_hooks) and all(
-        type(part).__module__.startswith(("hear_encoders.", "torch.nn.modules."))
-        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        type(part).__module__.startswith(("hear_encoders.", "torch.nn.modules.")) and not is_hooked(part)
         for part in module.modules()
     )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something is called when this module is, or in place of what its class does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -55,20 +55,23 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """
     all_there, all_set = (threading.Barrier(threads + 1) for _ in range(2))
 
-    def start(cores: int | None) -> None:
-        begun_with = torch.get_num_threads()  # the first call in a thread takes over what the process has set
+    def start() -> None:
+        torch.get_num_threads()  # the first call in a thread takes over what the process has set
         with suppress(threading.BrokenBarrierError):  # some could not be started
             all_there.wait()
-            if cores is None:
-                all_set.wait()
-                torch.set_num_threads(begun_with)
-            else:
-                torch.set_num_threads(cores)
-                all_set.wait()
+            torch.set_num_threads(1)
+            all_set.wait()
+
+    def set_back() -> None:
+        process_has = torch.get_num_threads()
+        with suppress(threading.BrokenBarrierError):
+            all_there.wait()
+            all_set.wait()
+            torch.set_num_threads(process_has)
 
     with _starting:
-        setting_back = threading.Thread(target=start, args=[None])
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="hear_encoders", initializer=start, initargs=[1])
+        setting_back = threading.Thread(target=set_back)
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="hear_encoders", initializer=start)
         try:
             setting_back.start()
             for _ in range(threads):
