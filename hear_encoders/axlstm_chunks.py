@@ -1,6 +1,6 @@
 """AxLSTM whole chunks at a time on a CPU: the encoder's third form, which `hear_encoders.embedder` runs in float32.
 
-A CPU spends as much time on what lies between the matmuls as on the matmuls. So this form makes few passes over little
+Beside matmuls as small as these, what lies between them costs a CPU much. So this form makes few passes over little
 memory: a few chunks go through a block together, as many as the cores' caches hold; they lie step after step of all of
 them, so that every head is a view; room is used again and again; and since a chunk is short, its parts look back at all
 tokens before them instead of carrying a memory C. `hear_encoders.axlstm` holds the plain form, and the tests hold this
