@@ -43,8 +43,8 @@ from benchmarks.measure import (
 from benchmarks.released_plan import ReleasedPlan
 from hear_encoders.config import PRESETS, AxLSTMConfig, EncoderConfig, TransformerConfig
 from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Precision, resolve_precision
-from hear_encoders.encoders import build_encoder
-from hear_encoders.frontend import HOP, SAMPLE_RATE
+from hear_encoders.nn.build import build_encoder
+from hear_encoders.nn.frontend import HOP, SAMPLE_RATE
 from training.flops import MATMUL_SIZE, Matmul, count_flop
 
 TOLERANCE = 1e-3  # between the plan's embeddings and ours in reference framing, which are of order 1

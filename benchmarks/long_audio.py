@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.measure import argument_parser, format_machine, format_table, progress
 from hear_encoders import PRESETS
-from hear_encoders.frontend import SAMPLE_RATE
+from hear_encoders.nn.frontend import SAMPLE_RATE
 
 # Prints seconds and bytes. A short file goes first, for what is set up once.
 PROGRAM = """
@@ -31,8 +31,9 @@ from pathlib import Path
 import torch
 from benchmarks.measure import peak_bytes
 from hear_encoders import Embedder, build_encoder, preset
-from hear_encoders.corpus import AudioFile, embed_files
-from hear_encoders.outputs import NpzOutput
+from hear_encoders.audio import AudioFile
+from hear_encoders.cli.corpus import embed_files
+from hear_encoders.cli.outputs import NpzOutput
 
 name, folder, length = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 embedder = Embedder(build_encoder(preset(name), seed=0).eval())

@@ -30,13 +30,13 @@ import soundfile
 import torch
 
 from benchmarks.measure import argument_parser, format_machine, format_table, peak_bytes, progress, take_turns
-from training import prepare
 from training.config import RunConfig, load_run_config
+from training.corpora import prepare
+from training.corpora.shards import ShardIndex
 from training.data import RowBatches, crop_loader, run_crops
 from training.flops import Matmul
 from training.objectives import count_clip_flop
 from training.pretrain import Place, Trainer
-from training.shards import ShardIndex
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 DEFAULT_CONFIGS = ("mae_tiny_cpu", "audiomaepp_tiny_cpu", "ssast_tiny_cpu", "axlstm_tiny_cpu")

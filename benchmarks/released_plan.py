@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hear_encoders.config import AxLSTMConfig, PatchConfig, TransformerConfig
-from hear_encoders.encoders import Encoder
-from hear_encoders.frontend import SAMPLE_RATE, LogMel
-from hear_encoders.patches import sincos_2d
+from hear_encoders.nn.build import Encoder
+from hear_encoders.nn.frontend import SAMPLE_RATE, LogMel
+from hear_encoders.nn.patches import sincos_2d
 
 Weights = dict[str, Tensor]  # of one block, or of the whole encoder: name -> parameter
 

@@ -24,8 +24,8 @@ from benchmarks.measure import argument_parser, format_machine, format_table, pr
 from hear_axlstm import stream as make_stream
 from hear_encoders.config import PRESETS
 from hear_encoders.embedder import Embedder
-from hear_encoders.encoders import build_encoder
-from hear_encoders.frontend import SAMPLE_RATE
+from hear_encoders.nn.build import build_encoder
+from hear_encoders.nn.frontend import SAMPLE_RATE
 
 STATISTICS = (-6.0, 3.5)
 STEP_S = 0.04

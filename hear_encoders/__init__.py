@@ -24,7 +24,7 @@ from hear_encoders.audio import load_audio
 from hear_encoders.checkpoint import load_checkpoint, save_checkpoint
 from hear_encoders.config import PRESETS, AxLSTMConfig, PatchConfig, TransformerConfig, preset
 from hear_encoders.embedder import Embedder
-from hear_encoders.encoders import build_encoder
+from hear_encoders.nn.build import build_encoder
 
 __version__ = "0.1.0"
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from hear_encoders.frontend import SAMPLE_RATE
+from hear_encoders.nn.frontend import SAMPLE_RATE
 from hear_encoders.pcm import UNKNOWN_LENGTH
 
 # Frames decoded at a time.
@@ -111,3 +113,78 @@ def _read_mono(file: soundfile.SoundFile) -> Iterator[tuple[np.ndarray, int]]:
         block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True).mean(axis=1)
         last = len(block) < BLOCK_FRAMES
         yield block if resampler is None else resampler.resample_chunk(block, last=last), len(block)
+
+
+@dataclass(frozen=True)
+class AudioFile:
+    """A file to embed: where it is, and what it is called below the folder that was asked for."""
+
+    path: Path
+    name: str
+
+
+def find_audio(inputs: Sequence[str]) -> tuple[Path, list[AudioFile]]:
+    """Find the audio files that files, folders (recursive) and glob patterns stand for, each once, sorted.
+
+    In folders and for patterns, files count as audio by their extension; a file given by itself always counts.
+    Links to folders are followed.
+
+    Warns:
+        UserWarning: a folder that may not be read.
+
+    Returns:
+        The root and the files below it, whose names are relative to it. The root depends on the inputs alone,
+        not on what is found: the folder itself, a file's folder, the part of a pattern before its wildcards;
+        for several inputs, what these have in common.
+
+    Raises:
+        FileNotFoundError: an input that is not there, or that stands for no audio file.
+    """
+    extensions = audio_extensions()
+    roots: list[str] = []
+    paths: dict[str, Path] = {}  # by absolute path, so that no file counts twice
+    for given in inputs:
+        pattern = not os.path.exists(given)
+        matches = [Path(match) for match in glob.glob(given, recursive=True)] if pattern else [Path(given)]
+        found: list[Path] = []
+        for match in matches:
+            if match.is_dir():
+                found += [path for path in _files_below(match) if _is_audio(path, extensions)]
+            elif not pattern or _is_audio(match, extensions):
+                found.append(match)
+        if not found:
+            there = not pattern or glob.has_magic(given)
+            raise FileNotFoundError(f"no audio files in {given}" if there else f"no such file or folder: {given}")
+        root = given if os.path.isdir(given) else os.path.dirname(given)
+        while pattern and glob.has_magic(root):
+            root = os.path.dirname(root)
+        roots.append(os.path.abspath(root))
+        paths.update((os.path.abspath(path), path) for path in found)
+    root = os.path.commonpath(roots)
+    files = [AudioFile(path, Path(os.path.relpath(absolute, root)).as_posix()) for absolute, path in paths.items()]
+    return Path(root), sorted(files, key=lambda file: file.name)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in its folders, links to folders elsewhere included, each folder once."""
+    root = os.path.realpath(folder)
+    seen = {root}
+
+    def is_new(path: str) -> bool:
+        real = os.path.realpath(path)
+        # A link to a folder that is reached without it would give its files a second name.
+        if real in seen or (os.path.islink(path) and real.startswith(os.path.join(root, ""))):
+            return False
+        seen.add(real)
+        return True
+
+    def warn(error: OSError) -> None:
+        warnings.warn(f"{error.filename} is not searched: {error.strerror}", stacklevel=4)
+
+    for parent, folders, names in os.walk(folder, onerror=warn, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if is_new(os.path.join(parent, name))]
+        yield from (Path(parent, name) for name in names)
+
+
+def _is_audio(path: Path, extensions: set[str]) -> bool:
+    return path.suffix.lower() in extensions and path.is_file()

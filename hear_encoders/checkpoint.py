@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hear_encoders import hub
-from hear_encoders.atomic import atomic_write, write_json
 from hear_encoders.config import EncoderConfig, config_to_dict, read_config
-from hear_encoders.encoders import ENCODER_OF_CONFIG, Encoder
+from hear_encoders.files import atomic_write, write_json
 from hear_encoders.hub import CONFIG_FILE, REPO_ID, WEIGHTS_FILE
+from hear_encoders.nn.build import ENCODER_OF_CONFIG, Encoder
 
 _PICKLES = {".pth", ".pt", ".bin", ".ckpt"}
 

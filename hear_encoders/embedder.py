@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from hear_encoders import axlstm_chunks, reference
+from hear_encoders import released as reference
 from hear_encoders.allocator import keep_freed_memory
-from hear_encoders.encoders import Encoder, is_as_built
-from hear_encoders.frontend import (
+from hear_encoders.nn import axlstm_offline as axlstm_chunks
+from hear_encoders.nn.build import Encoder, is_as_built
+from hear_encoders.nn.frontend import (
     BANDS,
     HOP,
     HOP_MS,

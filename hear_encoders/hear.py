@@ -90,7 +90,7 @@ class HearModule:
     def get_scene_embeddings(self, audio: Tensor, model: Embedder) -> Tensor:
         """One embedding per clip, the mean over its time steps (or what `pooling` says), without gradients.
 
-        To fine-tune an encoder, train `model.encoder`, on log-mel normalised as `hear_encoders.frontend` does.
+        To fine-tune an encoder, train `model.encoder`, on log-mel normalised as `hear_encoders.nn.frontend` does.
 
         Args:
             audio: (clips, samples) floating point, 16 kHz mono in [-1, 1].

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import soxr
 
-from hear_encoders.frontend import SAMPLE_RATE
+from hear_encoders.nn.frontend import SAMPLE_RATE
 
 # What is read at a time, at most: a pipe gives what it has.
 READ_BYTES = 1 << 16

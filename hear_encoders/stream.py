@@ -4,7 +4,7 @@ A stream gives the numbers of `Embedder.timestamp_embeddings` in exact framing, 
 2 s the encoder begins anew, with its cls token, an empty memory and the first position. Inside a chunk an mLSTM
 without flip looks back only, and all it has to carry is a state of constant size.
 
-Here is what surrounds the encoder: samples, log-mel, normalisation, time. `hear_encoders.axlstm_steps` holds the
+Here is what surrounds the encoder: samples, log-mel, normalisation, time. `hear_encoders.nn.axlstm_online` holds the
 encoder in the form that goes on from where it was. Letters in shape comments: B streams, T time steps, E embedding
 size.
 """
@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hear_encoders.axlstm_steps import StepEncoder
 from hear_encoders.embedder import Embedder, check_statistics, checked_audio, warn_of_peak
-from hear_encoders.frontend import (
+from hear_encoders.nn.axlstm_online import StepEncoder
+from hear_encoders.nn.frontend import (
     BANDS,
     FRAMES_BEFORE,
     HOP,

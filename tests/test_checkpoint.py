@@ -11,8 +11,8 @@ from conftest import SMALL_CONFIGS
 from safetensors.torch import load_file, save_file
 
 from hear_encoders import build_encoder, checkpoint, load_checkpoint, save_checkpoint
-from hear_encoders.atomic import atomic_write
 from hear_encoders.checkpoint import fingerprint, resolve
+from hear_encoders.files import atomic_write
 
 
 @pytest.fixture

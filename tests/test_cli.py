@@ -30,13 +30,13 @@ from hear_encoders import (
     TransformerConfig,
     audio,
     build_encoder,
-    corpus,
     load_audio,
-    outputs,
     save_checkpoint,
 )
-from hear_encoders.cli import embed_main, weights_main
-from hear_encoders.corpus import find_audio
+from hear_encoders.audio import find_audio
+from hear_encoders.cli import corpus, outputs
+from hear_encoders.cli.embed import main as embed_main
+from hear_encoders.cli.weights import main as weights_main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,7 +47,7 @@ CONFIGS = {
 }
 SIZE = 5 * 48
 OUTPUTS = ["out.npz", "out.parquet", "out"]
-ENTRY = "import sys; from hear_encoders.cli import embed_main; sys.exit(embed_main())"
+ENTRY = "import sys; from hear_encoders.cli.embed import main; sys.exit(main())"
 RECORDINGS = ["a.flac", "a.wav", "nested/a.wav", "nested/d.MP3", "nested/deeper/c.ogg"]
 
 
@@ -1107,7 +1107,7 @@ def refuse(event, arguments):
         raise SystemExit(f"network: {event} {arguments}")
 
 sys.addaudithook(refuse)
-from hear_encoders.cli import embed_main
+from hear_encoders.cli.embed import main as embed_main
 code = embed_main()
 unwanted = {"torchaudio", "training", "huggingface_hub", "tensorflow", "xlstm", "mlstm_kernels"} & sys.modules.keys()
 sys.exit(f"imported {unwanted}" if unwanted else code)

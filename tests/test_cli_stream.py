@@ -14,10 +14,10 @@ import torch
 
 import hear_axlstm
 from hear_encoders import AxLSTMConfig, TransformerConfig, build_encoder, load_audio, save_checkpoint
-from hear_encoders.cli import embed_main
+from hear_encoders.cli.embed import main as embed_main
 
 SPEECH = Path(__file__).parents[1] / "examples" / "speech.flac"
-ENTRY = "import sys; from hear_encoders.cli import embed_main; sys.exit(embed_main())"
+ENTRY = "import sys; from hear_encoders.cli.embed import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")

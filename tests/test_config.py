@@ -10,7 +10,7 @@ import torch
 
 from hear_encoders import PRESETS, AxLSTMConfig, PatchConfig, TransformerConfig, build_encoder, preset
 from hear_encoders.config import config_from_dict, config_to_dict, read_config
-from hear_encoders.encoders import ENCODER_OF_CONFIG
+from hear_encoders.nn.build import ENCODER_OF_CONFIG
 
 
 def parameters(config) -> int:

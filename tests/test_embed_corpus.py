@@ -1,4 +1,4 @@
-"""`torchrun -m hear_encoders.embed_corpus`: every file once, whatever happens to the processes."""
+"""`torchrun -m hear_encoders.cli.embed_corpus`: every file once, whatever happens to the processes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ import soundfile
 from hear_encoders import (
     TransformerConfig,
     build_encoder,
-    embed_corpus,
     load_audio,
     load_checkpoint,
     save_checkpoint,
 )
-from hear_encoders.embed_corpus import main
+from hear_encoders.cli import embed_corpus
+from hear_encoders.cli.embed_corpus import main
 from hear_encoders.embedder import Embedder
 
 FILES = 40
-MODULE = ["-m", "hear_encoders.embed_corpus"]
+MODULE = ["-m", "hear_encoders.cli.embed_corpus"]
 
 
 @pytest.fixture(scope="module")

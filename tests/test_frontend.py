@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hear_encoders import frontend
-from hear_encoders.frontend import (
+from hear_encoders.nn import frontend
+from hear_encoders.nn.frontend import (
     LogMel,
     clip_statistics,
     logmel_of_blocks,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from plain import plain_mlstm
 
-from hear_encoders.mlstm import MLSTMState, initial_state, mlstm, mlstm_step
+from hear_encoders.nn.mlstm import MLSTMState, initial_state, mlstm, mlstm_step
 
 MODES = {
     "parallel": {"mode": "parallel"},

@@ -150,8 +150,8 @@ def test_commands_are_declared(built: Built) -> None:
     entries = configparser.ConfigParser()
     entries.read_string(built.text("entry_points.txt"))
     assert dict(entries["console_scripts"]) == {
-        "hear-embed": "hear_encoders.cli:embed_main",
-        "hear-weights": "hear_encoders.cli:weights_main",
+        "hear-embed": "hear_encoders.cli.embed:main",
+        "hear-weights": "hear_encoders.cli.weights:main",
     }
 
 

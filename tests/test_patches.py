@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hear_encoders import PatchConfig
-from hear_encoders.patches import patchify, sincos_2d, unpatchify
+from hear_encoders.nn.patches import patchify, sincos_2d, unpatchify
 
 GRIDS = [PatchConfig(), PatchConfig(patch_frames=8), PatchConfig(patch_bands=8)]
 

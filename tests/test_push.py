@@ -43,7 +43,7 @@ time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the library waits betw
 argument = json.loads(sys.argv[1])
 """
 COMMAND = """
-from hear_encoders.cli import weights_main
+from hear_encoders.cli.weights import main as weights_main
 result = []
 for words in argument:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:

@@ -11,8 +11,8 @@ import torch
 from conftest import SMALL_CONFIGS
 
 from hear_encoders import PRESETS, build_encoder, save_checkpoint
-from hear_encoders.cli import embed_main
-from hear_encoders.encoders import ENCODER_OF_CONFIG
+from hear_encoders.cli.embed import main as embed_main
+from hear_encoders.nn.build import ENCODER_OF_CONFIG
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import torch
 from plain import plain_attention
 
 from hear_encoders import TransformerConfig, build_encoder, preset
-from hear_encoders.transformer import Attention, rotary_frequencies
+from hear_encoders.nn.transformer import Attention, rotary_frequencies
 
 
 def config(**options):

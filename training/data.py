@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hear_encoders.frontend import STD_OFFSET
+from hear_encoders.nn.frontend import STD_OFFSET
 from training.config import RunConfig
+from training.corpora.shards import JoinedShards, ShardIndex
 from training.masking import hash_seed
-from training.shards import JoinedShards, ShardIndex
 
 # What a hash is for, so that no two uses of the same numbers meet.
 _ORDER, _CROP, _MIX = 1, 2, 3
@@ -154,7 +154,7 @@ def crop_loader(crops: Crops, batches: RowBatches, workers: int, pin_memory: boo
 
 
 def _statistics(logmel: np.ndarray) -> tuple[float, float]:
-    """Mean and unbiased standard deviation over an array, as `hear_encoders.frontend.normalize` uses them.
+    """Mean and unbiased standard deviation over an array, as `hear_encoders.nn.frontend.normalize` uses them.
 
     In numpy, whose sums do not depend on the number of threads: reading in a worker, which has one, must give the same
     bits as reading in the training process.

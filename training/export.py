@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hear_encoders.atomic import atomic_write
 from hear_encoders.checkpoint import encoder_from_tensors, save_checkpoint
+from hear_encoders.files import atomic_write
 from training import checkpoints
 from training.config import RunConfig
 from training.pretrain import CONFIG_FILE, read_run_config

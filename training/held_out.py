@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hear_encoders.config import PatchConfig
-from hear_encoders.patches import patchify, unpatchify
+from hear_encoders.nn.patches import patchify, unpatchify
 from training.config import RunConfig
+from training.corpora.shards import JoinedShards, ShardIndex
 from training.data import Crops
 from training.masking import Masking, masking_noise, random_masking
 from training.objectives import autocast, masked_loss
-from training.shards import JoinedShards, ShardIndex
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,7 +85,7 @@ class FixedCrops:
 
     def figure(self, predicted: Tensor, title: str) -> Figure:
         """Input, visible patches and a prediction (clips, N, P) as spectrograms."""
-        from training.pictures import reconstruction_figure  # matplotlib takes a second to import
+        from training.curves import reconstruction_figure  # matplotlib takes a second to import
 
         seen = cells(1 - self.masking.mask, self.patches)
         arrays = (tensor.numpy() for tensor in (self.logmel, seen, unpatchify(predicted, self.patches)))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hear_encoders.config import EncoderConfig, TransformerConfig
-from hear_encoders.encoders import ENCODER_OF_CONFIG
-from hear_encoders.patches import patchify, sincos_1d
-from hear_encoders.transformer import NORM_EPS, PlainBlock, TransformerPlusPlusBlock, initialize_transformer
+from hear_encoders.nn.build import ENCODER_OF_CONFIG
+from hear_encoders.nn.patches import patchify, sincos_1d
+from hear_encoders.nn.transformer import NORM_EPS, PlainBlock, TransformerPlusPlusBlock, initialize_transformer
 from training.config import RunConfig
 from training.flops import count_flop
 from training.masking import Masking, visible_count

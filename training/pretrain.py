@@ -34,11 +34,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hear_encoders.allocator import keep_freed_memory
-from hear_encoders.atomic import write_json
 from hear_encoders.checkpoint import load_checkpoint, resolve
-from hear_encoders.cli import BAD_USAGE
+from hear_encoders.console import BAD_USAGE
+from hear_encoders.files import write_json
 from training import checkpoints
 from training.config import RunConfig, learning_rate_factor, load_run_config, run_config_from_dict
+from training.corpora.shards import JoinedShards, ShardIndex
 from training.data import RowBatches, crop_loader, run_crops
 from training.flops import matmul_rate
 from training.held_out import FixedCrops
@@ -46,8 +47,7 @@ from training.locks import locked
 from training.masking import Masking, masking_noise, random_masking
 from training.objectives import MaskedAutoencoder, MaskedModel, autocast, build_model, count_clip_flop
 from training.optimizers import build_optimizers
-from training.runlog import RunLog
-from training.shards import JoinedShards, ShardIndex
+from training.run_log import RunLog
 
 CONFIG_FILE, DATA_FILE = "run.json", "data.json"
 PICTURED_CLIPS = 4
@@ -387,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         action="append",
         metavar="SHARDS",
-        help="directory that training.prepare wrote; may be given several times, with shares=[...] or without",
+        help="directory that training.corpora.prepare wrote; may be given several times, with shares=[...] or without",
     )
     parser.add_argument("--out", required=True, type=Path, help="directory of the run")
     parser.add_argument("--held-out", type=Path, metavar="SHARDS", help="shards to test on while it trains")

@@ -7,8 +7,8 @@ import torch
 from conftest import GOLDEN
 
 from hear_encoders import AxLSTMConfig, TransformerConfig
-from hear_encoders.patches import patchify
-from hear_encoders.reference import import_checkpoint, read_released_tensors, translate_name
+from hear_encoders.nn.patches import patchify
+from hear_encoders.released import import_checkpoint, read_released_tensors, translate_name
 from training.masking import Masking, masking_noise, random_masking
 from training.objectives import MaskedAutoencoder, MaskedModel, masked_loss
 

@@ -26,10 +26,10 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from hear_encoders import load_audio
-from hear_encoders.frontend import LogMel
-from training import shards
-from training.prepare import Recording, cut, main, make_plan, read_segments
-from training.shards import ShardIndex
+from hear_encoders.nn.frontend import LogMel
+from training.corpora import shards
+from training.corpora.prepare import Recording, cut, main, make_plan, read_segments
+from training.corpora.shards import ShardIndex
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -284,7 +284,7 @@ def test_a_plan_stands_unreadable_and_absurdly_long_headers() -> None:
 
 def launch(*arguments: object) -> subprocess.Popen[str]:
     """Start the command as a process in a group of its own."""
-    command = [sys.executable, "-m", "training.prepare", *map(str, arguments)]
+    command = [sys.executable, "-m", "training.corpora.prepare", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -396,7 +396,7 @@ def test_a_source_that_goes_away_stops_the_run_and_is_no_unreadable_file(
     audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(audio, tmp_path / "audio")
-    monkeypatch.setattr("training.prepare._remove_leftovers", lambda path: shutil.rmtree(folder))
+    monkeypatch.setattr("training.corpora.prepare._remove_leftovers", lambda path: shutil.rmtree(folder))
     outcome = prepare(folder, tmp_path / "shards", *SETTINGS)
     assert outcome.code == 1 and "no such audio file" in outcome.err
     assert not finished(outcome.path) and not list(outcome.path.glob("*.tar"))

@@ -22,13 +22,14 @@ from tensorboardX.proto import event_pb2
 
 import hear_audiomaepp
 import hear_axlstm
-from hear_encoders.patches import patchify
-from training import checkpoints, export, pictures, prepare, pretrain
+from hear_encoders.nn.patches import patchify
+from training import checkpoints, curves, export, pretrain
 from training.config import load_run_config
+from training.corpora import prepare
+from training.corpora.shards import JoinedShards, ShardIndex
 from training.data import Crops, RowBatches, crop_loader
 from training.held_out import FixedCrops
 from training.objectives import count_clip_flop
-from training.shards import JoinedShards, ShardIndex
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"
@@ -425,7 +426,7 @@ def test_a_run_shows_its_progress_on_held_out_records_and_in_tensorboard(shards,
     model.load_state_dict(load_file(checkpoints.latest(tmp_path) / "model.safetensors"))
     fixed = FixedCrops(index, config, 5)
     assert fixed.error(fixed.predict(model, CPU.device)) == pytest.approx(held_out[-1]["held_out_loss"], abs=1e-5)
-    assert pictures.main([str(tmp_path / "curve.png"), str(tmp_path)]) == 0
+    assert curves.main([str(tmp_path / "curve.png"), str(tmp_path)]) == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -436,18 +437,18 @@ def test_the_curve_of_a_run_that_goes_on_from_another_begins_where_that_one_ende
         settings = ["max_steps=2", "held_out_every=1", "held_out_clips=2", *more]
         train("ssast", eight_clips, run, *settings, f"--held-out={eight_clips}")
     drawn = []
-    monkeypatch.setattr(pictures, "held_out_figure", lambda curves: drawn.append(curves) or pictures.Figure())
-    assert pictures.main([str(tmp_path / "curve.png"), *map(str, reversed(runs))]) == 0
-    assert pictures.main([str(tmp_path / "curve.png"), str(runs[2])]) == 0
-    clips = [{name: [line["clips"] for line in lines] for name, lines in curves.items()} for curves in drawn]
+    monkeypatch.setattr(curves, "held_out_figure", lambda lines: drawn.append(lines) or curves.Figure())
+    assert curves.main([str(tmp_path / "curve.png"), *map(str, reversed(runs))]) == 0
+    assert curves.main([str(tmp_path / "curve.png"), str(runs[2])]) == 0
+    clips = [{name: [line["clips"] for line in lines] for name, lines in lines_of_runs.items()} for lines_of_runs in drawn]
     assert [clips[0][run.name][0] for run in runs] == [0, 16, 32] and clips[0]["third"][-1] == 48
     assert clips[1]["third"][0] == 0  # of what is not given nothing is known
 
 
 def test_curves_of_a_run_without_held_out_records_are_an_error(shards, tmp_path, capsys):
-    assert pictures.main([str(tmp_path / "curve.png"), str(tmp_path / "nothing")]) == 2
+    assert curves.main([str(tmp_path / "curve.png"), str(tmp_path / "nothing")]) == 2
     train("mae", shards, tmp_path / "run")
-    assert pictures.main([str(tmp_path / "curve.png"), str(tmp_path / "run")]) == 2
+    assert curves.main([str(tmp_path / "curve.png"), str(tmp_path / "run")]) == 2
     assert "was trained without --held-out" in capsys.readouterr().err
 
 

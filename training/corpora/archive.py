@@ -29,8 +29,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hear_encoders.atomic import atomic_write, write_json
 from hear_encoders.checkpoint import sha256
+from hear_encoders.files import atomic_write, write_json
 from training.locks import locked
 
 # What may stand in a package's name (Debian policy 5.6.1): no path can be made of it.

@@ -6,7 +6,7 @@ packages, and of what kind each is, is in debian.csv.gz; its roles keep files th
 the 661 clips of everyday_sounds are also here, in other packages (a pistol of blobwars as openarena's machine gun).
 
     OUT_DIR/recordings/PART/PACKAGE/PATH    the files: links into the cache, or FLAC where soundfile cannot read them
-    OUT_DIR/shards/PART/                    what `training.prepare` made of them
+    OUT_DIR/shards/PART/                    what `training.corpora.prepare` made of them
     OUT_DIR/LICENCES.md                     the packages with their versions and licences
 
 PART is a kind (music, speech, sounds), or held_out: six packages of all kinds to test a run on while it trains.
@@ -28,11 +28,10 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
-from hear_encoders.atomic import atomic_write
-from hear_encoders.cli import BAD_USAGE, FAILED, INTERRUPTED, say
-from hear_encoders.frontend import SAMPLE_RATE
-from training import prepare
-from training.corpora import archive
+from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, print_error
+from hear_encoders.files import atomic_write
+from hear_encoders.nn.frontend import SAMPLE_RATE
+from training.corpora import archive, prepare
 from training.corpora.recordings import check_decoders, is_plain_file, read_recording
 
 PROG = "python -m training.corpora.debian"
@@ -180,7 +179,7 @@ def build(out_dir: Path, cache: Path, skip: Sequence[str], jobs: int) -> int:
     failed = collect(entries, cache, out_dir / "recordings", jobs)
     write_licences(entries, cache, out_dir / "LICENCES.md")
     for failure in failed:
-        say(PROG, f"failed: {failure}")
+        print_error(PROG, f"failed: {failure}")
     outcome = FAILED if failed else 0
     for part in PARTS:
         if (out_dir / "recordings" / part).is_dir():
@@ -211,10 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return build(options.out_dir, options.cache, options.skip, options.jobs)
     except KeyboardInterrupt:
-        say(PROG, "interrupted; run the same command again to go on")
+        print_error(PROG, "interrupted; run the same command again to go on")
         return INTERRUPTED
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        say(PROG, f"error: {error}")
+        print_error(PROG, f"error: {error}")
         return BAD_USAGE
 
 

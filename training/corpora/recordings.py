@@ -20,7 +20,7 @@ import soundfile
 import soxr
 
 from hear_encoders.audio import load_audio
-from hear_encoders.frontend import SAMPLE_RATE
+from hear_encoders.nn.frontend import SAMPLE_RATE
 from training.corpora.archive import locate
 
 # What libsndfile does not read, and FFmpeg's name of the format.

@@ -1,0 +1,130 @@
+"""The command `hear-weights`: show, convert and publish checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from hear_encoders import checkpoint, hub
+from hear_encoders.config import AxLSTMConfig, InputGate, config_to_dict
+from hear_encoders.console import BAD_USAGE, non_empty_text, positive, print_error
+from hear_encoders.released import import_checkpoint
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`hear-weights`: show a checkpoint, import one of the papers' released code, or publish one on the Hub.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        "hear-weights",
+        description="Look at checkpoints, convert released ones and publish them.",
+        epilog="examples: hear-weights show weights/    hear-weights import mae_base.pth mae-base/ --heads 12",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    show = commands.add_parser("show", help="print a checkpoint's configuration, size, parameters and SHA-256")
+    show.add_argument("source", metavar="PATH", help="directory, .safetensors file or Hub org/name")
+    show.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+
+    convert = commands.add_parser(
+        "import",
+        help="convert a .pth of the papers' released code; its pickle is not executed",
+        epilog="example: hear-weights import axlstm_tiny.pth axlstm-tiny/ --no-flip",
+    )
+    convert.add_argument("checkpoint", metavar="CHECKPOINT.pth", type=Path)
+    convert.add_argument("output", metavar="OUT_DIR", type=Path)
+    convert.add_argument(
+        "--heads", type=positive(int), metavar="N", help="attention heads (3 Tiny, 6 Small, 12 Base, 16 Large)"
+    )
+    convert.add_argument("--no-flip", action="store_true", help="an AxLSTM that was trained without flipping")
+    convert.add_argument("--input-gate", choices=get_args(InputGate), default="exponential", help="of an AxLSTM")
+
+    push = commands.add_parser(
+        "push",
+        help="publish a checkpoint on the Hugging Face Hub; without --yes, only show what would be uploaded",
+        epilog="example: hear-weights push weights/ org/name --card MODEL_CARD.md",
+    )
+    push.add_argument("folder", metavar="DIR", type=Path, help="with config.json, model.safetensors and README.md")
+    push.add_argument("repository", metavar="ORG/NAME", help="made if it does not exist")
+    push.add_argument("--card", type=Path, metavar="PATH", help="the model card; default: README.md in DIR")
+    push.add_argument("--private", action="store_true", help="make the repository private, refuse a public one")
+    push.add_argument(
+        "--message", type=non_empty_text, default="Upload checkpoint", help="of the commit; default: %(default)s"
+    )
+    push.add_argument("--yes", action="store_true", help="upload; needs a token: HF_TOKEN or `hf auth login`")
+
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "show":
+            _show(checkpoint.resolve(options.source, options.revision))
+        elif options.command == "push":
+            words = sys.argv[1:] if arguments is None else arguments
+            _push(options, shlex.join([parser.prog, "push", "--yes", *words[1:]]))
+        else:
+            config, tensors = import_checkpoint(
+                options.checkpoint, options.heads, flip=not options.no_flip, input_gate=options.input_gate
+            )
+            encoder = checkpoint.encoder_from_tensors(config, tensors, str(options.checkpoint))
+            checkpoint.save_checkpoint(options.output, encoder)
+            if isinstance(config, AxLSTMConfig) and config.flip:
+                print_error(
+                    parser.prog,
+                    "taken for an AxLSTM trained with flip, which the file does not say; if it was not, give --no-flip",
+                )
+            _show(options.output / checkpoint.WEIGHTS_FILE)
+    except (OSError, ValueError) as error:
+        print_error(parser.prog, f"error: {error}")
+        return BAD_USAGE
+    return 0
+
+
+def _show(weights: Path) -> None:
+    encoder = checkpoint.load_checkpoint(weights)
+    rows = {
+        "file": weights,
+        "size": f"{weights.stat().st_size / 1e6:.1f} MB",
+        "SHA-256": checkpoint.sha256(weights),
+        "parameters": f"{sum(parameter.numel() for parameter in encoder.parameters()):,}",
+    }
+    for field, value in config_to_dict(encoder.config).items():
+        rows.update(value if isinstance(value, dict) else {field: value})
+    for name, value in rows.items():
+        print(f"{name:<16}  {value}")
+
+
+def _push(options: argparse.Namespace, command: str) -> None:
+    """Publish a checkpoint, or show what would be published; `command` is the line that does."""
+    hub.check_repo_id(options.repository)
+    if not options.folder.is_dir():
+        raise ValueError(f"{options.folder}: expected a directory with {hub.CONFIG_FILE} and {hub.WEIGHTS_FILE}")
+    checkpoint.load_checkpoint(options.folder)  # what does not load is not published
+    card = options.card or options.folder / hub.CARD_FILE
+    text = _read_card(card)
+    files = {name: options.folder / name for name in (hub.CONFIG_FILE, hub.WEIGHTS_FILE)} | {hub.CARD_FILE: card}
+    print(f"{'repository':<18}{options.repository}{' (private)' if options.private else ''}")
+    print(f"{'commit message':<18}{options.message}")
+    for name, path in files.items():
+        print(f"{name:<18}{path.stat().st_size:>13,} bytes  SHA-256 {checkpoint.sha256(path)}  {path}")
+    if options.yes:
+        url, commit = hub.push_files(options.repository, files, options.message, private=options.private)
+        print(f"{'commit':<18}{commit}\n{url}")
+    else:
+        print(f"\n{hub.CARD_FILE}:\n\n{text.rstrip()}\n\nNothing was uploaded. To upload this:\n{command}")
+
+
+def _read_card(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"no model card {path}: write one there, or give one with --card PATH")
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: a model card is UTF-8 text ({error})") from error
+    if not text.strip():
+        raise ValueError(f"{path}: the model card is empty")
+    return text

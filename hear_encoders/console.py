@@ -1,0 +1,62 @@
+"""What commands share: exit codes, messages on standard error, argument types."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes
+
+
+def print_error(prog: str, message: str) -> None:
+    """Write a line to standard error."""
+    tqdm.write(f"{prog}: {message}", file=sys.stderr)  # above a progress bar, if there is one
+
+
+def output_path(text: str) -> Path:
+    """An argparse type: a path that is not empty, as an unset variable of the shell would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
+def non_empty_text(text: str) -> str:
+    """An argparse type: text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def not_negative(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+def positive(kind: type[float]) -> Callable[[str], float]:
+    """An argparse type: a number of this kind above zero."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse names it in its message
+    return parse
+
+
+@contextmanager
+def warnings_as_messages(prog: str) -> Iterator[None]:
+    """Print each warning as one line on standard error instead of Python's two."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_args, **_kwargs: print_error(prog, f"warning: {message}")
+        yield

@@ -1,0 +1,1 @@
+"""The encoders: everything between a waveform and its tokens, as `torch.nn` modules."""

@@ -1,0 +1,262 @@
+"""The papers' released code: its framing, and its checkpoints.
+
+The published numbers of both papers were made with a framing that differs from ours. It is reproduced here,
+quirks included, because published checkpoints are compared through it:
+
+- Frames are padded with zeros after normalisation to a multiple of 200; a clip that fits already is padded by
+  a full chunk. int(steps * pad / 200) steps are dropped at the end.
+- Tokens are time-major but are regrouped as if they were band-major: "step" j of a chunk holds the tokens j,
+  50 + j, 100 + j, ..., five different times of one row of bands.
+- Timestamps are spaced by duration / steps from 0, so they drift by up to one step.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hear_encoders.config import AxLSTMConfig, EncoderConfig, InputGate, PatchConfig, TransformerConfig
+from hear_encoders.nn.frontend import HOP, SAMPLE_RATE
+from hear_encoders.nn.patches import sincos_2d
+
+# ---------------------------------------------------------------------------------------------------------
+# Framing
+
+
+def pad_count(frames: int, patches: PatchConfig) -> int:
+    """Zero frames that are appended: up to the next multiple of a chunk, a full chunk if already one."""
+    return patches.chunk_frames - frames % patches.chunk_frames
+
+
+def pad_frames(logmel: Tensor, patches: PatchConfig) -> Tensor:
+    """Append the zero frames to a normalised spectrogram (B, F, bands)."""
+    return F.pad(logmel, (0, 0, 0, pad_count(logmel.shape[1], patches)))
+
+
+def step_count(samples: int, patches: PatchConfig) -> int:
+    """Number of timestamp embeddings of a clip of this many samples."""
+    frames = samples // HOP + 1
+    pad = pad_count(frames, patches)
+    steps = (frames + pad) // patches.chunk_frames * patches.steps
+    return steps - int(patches.steps * pad / patches.chunk_frames)
+
+
+def step_ms(samples: int, patches: PatchConfig) -> float:
+    """Spacing of the timestamps in milliseconds."""
+    return 1000 * samples / SAMPLE_RATE / step_count(samples, patches)
+
+
+def regroup_tokens(tokens: Tensor, patches: PatchConfig) -> Tensor:
+    """Group the time-major tokens of full chunks as the released code does: (B, R * T, D) -> (B, T, R * D)."""
+    grid = tokens.unflatten(1, (patches.rows, patches.steps))  # as if the first axis were rows
+    return grid.transpose(1, 2).flatten(2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+# Released module names within a block -> ours. No name means different things in different families.
+_MODULES = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.qkv_layer": "attention.qkv",
+    "attn.proj_layer": "attention.out",
+    "mlp.layer1": "mlp.up",
+    "mlp.layer2": "mlp.down",
+    "ffn1.layer1": "mlp.up",
+    "ffn1.layer2": "mlp.down",
+    "ffn2.linear1": "swiglu.value",
+    "ffn2.linear2": "swiglu.gate",
+    "ffn2.ln": "swiglu.norm",
+    "ffn2.project": "swiglu.out",
+    "norm": "norm",
+    "layer.proj_up": "up",
+    "layer.conv1d.conv": "conv",
+    "layer.q_proj": "q",
+    "layer.k_proj": "k",
+    "layer.v_proj": "v",
+    "layer.mlstm_cell.igate": "gate_i",
+    "layer.mlstm_cell.fgate": "gate_f",
+    "layer.mlstm_cell.outnorm": "head_norm",
+    "layer.proj_down": "down",
+}
+_TENSORS = {"rope.freqs": "attention.rotary.frequencies", "layer.learnable_skip": "skip"}
+
+# A block's tensor that tells the family.
+_FAMILY_OF_TENSOR = {
+    "encoder.blocks.0.ffn1.layer1.weight": "audiomaepp",
+    "encoder.blocks.0.mlp.layer1.weight": "mae",
+    "blocks.0.layer.proj_up.weight": "axlstm",
+    "blocks.0.mlp.layer1.weight": "ssast",
+}
+
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
+_PRETRAINING_ONLY = re.compile(r"^(?:decoder\.|pred\.|mask_token$)")
+_NEVER_USED = re.compile(r"^encoder\.blocks\.\d+\.norm3\.")  # the released SwiGLU step normalises with norm2
+
+
+def import_checkpoint(
+    path: str | Path, heads: int | None = None, *, flip: bool = True, input_gate: InputGate = "exponential"
+) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    """Read a checkpoint of either paper's released code; nothing in its pickle is executed.
+
+    Family, dims, depth, expansion, patch size and RoPE are told from the tensors. What tensors cannot tell
+    are the arguments.
+
+    Args:
+        path: the `.pth` file.
+        heads: attention heads. Needed for AudioMAE++, MAE and SSAST; for AxLSTM, whose cell's heads are told
+            from its gates, accepted and not used (the released configuration carries a number there).
+        flip: whether an AxLSTM was trained with the token sequence reversed around every second block.
+        input_gate: the input gate an AxLSTM was trained with.
+
+    Returns:
+        The encoder's configuration, and its tensors under this package's names.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a checkpoint, a tensor missing or unknown, or heads missing or impossible.
+    """
+    state = read_released_tensors(Path(path))
+    family = next((family for name, family in _FAMILY_OF_TENSOR.items() if name in state), None)
+    if family is None:
+        raise ValueError(
+            f"{path}: not a checkpoint of the released AudioMAE++ or AxLSTM code: found none of the tensors "
+            + ", ".join(_FAMILY_OF_TENSOR)
+        )
+    released = {
+        name.removeprefix("encoder."): tensor
+        for name, tensor in state.items()
+        if not _PRETRAINING_ONLY.match(name) and not _NEVER_USED.match(name)
+    }
+    try:
+        positions = released.pop("pos_embed")
+        config = _read_config(family, released, positions, heads, flip, input_gate)
+        tensors = {translate_name(name): _translate(name, tensor) for name, tensor in released.items()}
+    except KeyError as error:
+        raise ValueError(f"{path}: missing tensor {error}") from error
+    except IndexError as error:  # of a shape
+        raise ValueError(f"{path}: a tensor has too few dimensions") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config, tensors
+
+
+class _Inert:
+    """Stands in for whatever a checkpoint's pickle names besides tensors (its argparse Namespace, say)."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_released_tensors(path: Path) -> dict[str, Tensor]:
+    """The model's tensors out of a released checkpoint, by way of torch's restricted unpickler."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    try:
+        # Every class or function the pickle names is replaced by an inert stand-in: none of them is called.
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Inert, name) for name in names]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here: RuntimeError, UnpicklingError, EOFError, ...
+        raise ValueError(f"{path}: not a readable torch checkpoint ({error})") from error
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise ValueError(f"{path}: expected a dictionary with the model's tensors under 'model'")
+    return {_WRAPPERS.sub("", name): tensor.float() for name, tensor in state.items()}
+
+
+def _read_config(
+    family: str, state: dict[str, Tensor], positions: Tensor, heads: int | None, flip: bool, input_gate: InputGate
+) -> EncoderConfig:
+    """Tell the configuration from tensors. Raises KeyError for a missing tensor, ValueError for the rest."""
+    dim, _, patch_frames, patch_bands = state["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    default = PatchConfig()
+    rows = default.bands // patch_bands
+    patches = PatchConfig(
+        chunk_frames=(positions.shape[1] - 1) // rows * patch_frames,
+        bands=default.bands,
+        patch_frames=patch_frames,
+        patch_bands=patch_bands,
+    )
+    table = F.pad(sincos_2d(patches, dim), (0, 0, 1, 0))  # zeros for cls
+    if positions.shape[1:] != table.shape or not torch.allclose(positions[0], table, atol=1e-4):
+        raise ValueError("pos_embed is not the fixed sin-cos table of the papers; learned positions are not supported")
+    if family == "axlstm":
+        up = state["blocks.0.layer.proj_up.weight"]
+        return AxLSTMConfig(
+            family="axlstm",
+            dim=dim,
+            depth=depth,
+            heads=state["blocks.0.layer.mlstm_cell.fgate.weight"].shape[0],
+            expansion=up.shape[0] // (2 * dim),
+            flip=flip,
+            input_gate=input_gate,
+            conv_kernel=state["blocks.0.layer.conv1d.conv.weight"].shape[-1],
+            projection_block=state["blocks.0.layer.q_proj.weight"].shape[-1],
+            patches=patches,
+        )
+    frequencies = state.get("blocks.0.rope.freqs")
+    if frequencies is not None:
+        told = dim // (2 * len(frequencies))
+        if heads not in (None, told):
+            raise ValueError(f"its RoPE frequencies are those of {told} heads, got {heads}")
+        heads = told
+    if heads is None:
+        raise ValueError("the number of attention heads cannot be told from its tensors; give it (heads, --heads)")
+    return TransformerConfig(
+        family=family,
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        rope="none" if frequencies is None else "sequence",
+        swiglu_norm="attention" if family == "audiomaepp" else "own",
+        patches=patches,
+    )
+
+
+def translate_name(name: str) -> str:
+    """A released tensor's name under this package, `encoder.` already removed."""
+    if name == "cls_token":
+        return name
+    module, _, parameter = name.rpartition(".")
+    if module == "encoder_norm":
+        return f"norm.{parameter}"
+    if module == "patch_embed.proj":
+        return f"patch_projection.{parameter}"
+    blocks, _, inner = name.partition(".")
+    number, _, inner = inner.partition(".")
+    if blocks == "blocks" and number.isdigit():
+        if inner in _TENSORS:
+            return f"blocks.{number}.{_TENSORS[inner]}"
+        module, _, parameter = inner.rpartition(".")
+        if module in _MODULES:
+            return f"blocks.{number}.{_MODULES[module]}.{parameter}"
+    raise ValueError(f"unknown tensor {name!r}")
+
+
+def _translate(name: str, tensor: Tensor) -> Tensor:
+    """A released tensor's values as this package stores them."""
+    if name == "cls_token":
+        return tensor.flatten()
+    if name == "patch_embed.proj.weight":
+        return tensor.flatten(1)  # (D, 1, patch_frames, patch_bands) -> (D, P)
+    if name.endswith("conv1d.conv.weight"):
+        return tensor.squeeze(1)  # (I, 1, kernel) -> (I, kernel)
+    if re.fullmatch(r"blocks\.\d+\.(norm|layer\.mlstm_cell\.outnorm)\.weight", name):
+        return 1 + tensor  # the mLSTM block's norms store the offset from 1
+    return tensor

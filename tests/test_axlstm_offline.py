@@ -1,0 +1,220 @@
+"""The AxLSTM encoder as a CPU runs it: equal to its plain form, in float64, and only where it does the same."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hear_encoders import AxLSTMConfig, Embedder, PatchConfig, build_encoder
+from hear_encoders.nn import axlstm_offline as axlstm_chunks
+from hear_encoders.nn.axlstm import AxLSTMEncoder
+from hear_encoders.nn.axlstm_offline import ChunkEncoder
+
+
+def encoder_with(spread: float = 0.05, **options) -> AxLSTMEncoder:
+    """A small AxLSTM with every parameter moved off its initial value."""
+    encoder = build_encoder(AxLSTMConfig(**{"family": "axlstm", "dim": 48, "depth": 2, **options}), seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in encoder.parameters():
+        parameter.data += spread * torch.randn(parameter.shape, generator=generator)
+    return encoder
+
+
+def chunks(batch: int, frames: int, bands: int = 80) -> Tensor:
+    return torch.randn(batch, frames, bands, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def assert_equals_plain(encoder: AxLSTMEncoder, logmel: Tensor, tolerance: float = 2e-5) -> None:
+    assert axlstm_chunks.takes(encoder)
+    expected = copy.deepcopy(encoder).double()(logmel.double())
+    torch.testing.assert_close(ChunkEncoder(encoder)(logmel).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("frames", [4, 8, 12, 60, 100, 104, 196, 200])  # 6 to 251 tokens: up to three parts
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_it_equals_the_plain_form_at_any_length(batch, frames):
+    assert_equals_plain(encoder_with(), chunks(batch, frames))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"flip": True, "depth": 3},
+        {"input_gate": "sigmoid"},
+        {"expansion": 2},
+        {"expansion": 4, "heads": 8},
+        {"expansion": 1, "heads": 1},
+        {"conv_kernel": 1},
+        {"conv_kernel": 7},
+        {"projection_block": 2},
+        {"expansion": 2, "heads": 2, "projection_block": 16},
+        {"dim": 192, "depth": 1},
+        {"dim": 64, "heads": 2, "projection_block": 96},  # larger than maps are merged to
+    ],
+)
+def test_it_equals_the_plain_form_in_every_configuration(options):
+    assert_equals_plain(encoder_with(**options), chunks(3, 88))
+
+
+@pytest.mark.parametrize("size", [(8, 16), (4, 8), (2, 40)])
+def test_it_equals_the_plain_form_for_other_patches(size):
+    patches = PatchConfig(patch_frames=size[0], patch_bands=size[1])
+    assert_equals_plain(encoder_with(patches=patches), chunks(2, 200))
+
+
+@pytest.mark.parametrize("together", [1, 100, 251, 600, 10_000])
+def test_how_many_chunks_go_together_does_not_matter(monkeypatch, together):
+    monkeypatch.setattr(axlstm_chunks, "TOKENS_TOGETHER", together)
+    assert_equals_plain(encoder_with(), chunks(5, 200))
+
+
+@pytest.mark.parametrize("part", [1, 2, 7, 64, 250, 251, 1000])
+def test_how_long_its_parts_are_does_not_matter(monkeypatch, part):
+    monkeypatch.setattr(axlstm_chunks, "PART", part)
+    assert_equals_plain(encoder_with(), chunks(2, 200))
+
+
+@pytest.mark.parametrize(
+    ("gate_i", "gate_f"), [(20.0, -20.0), (-60.0, 5.0), (60.0, -3.0), (0.0, -8.0), (-300.0, 300.0), (100.0, -100.0)]
+)
+def test_extreme_gates_equal_the_plain_form(gate_i, gate_f):
+    encoder = encoder_with()
+    for block in encoder.blocks:
+        block.gate_i.bias.data += gate_i
+        block.gate_f.bias.data += gate_f
+    assert_equals_plain(encoder, chunks(2, 200))
+
+
+@pytest.mark.parametrize("distance", [30.0, 79.0, 81.0, 400.0])
+def test_weights_near_and_past_the_reach_of_float32_equal_the_plain_form(monkeypatch, distance):
+    encoder, scaled = encoder_with(), []
+    for block in encoder.blocks:
+        block.gate_i.weight.data.zero_()
+        block.gate_f.weight.data.zero_()
+        block.gate_f.bias.data.fill_(-math.log(math.expm1(distance / 250)))  # a step forgets so much, 250 steps all
+    threshold = F.threshold
+    monkeypatch.setattr(F, "threshold", lambda *arguments: scaled.append(1) or threshold(*arguments))
+    with torch.no_grad():
+        ChunkEncoder(encoder)(chunks(1, 200))
+    assert len(scaled) == (2 if distance < axlstm_chunks.REACH else 0)  # blocks whose keys are scaled
+    monkeypatch.undo()
+    assert_equals_plain(encoder, chunks(2, 200))
+
+
+@pytest.mark.parametrize("frames", [4, 60, 196, 200])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_weights_made_one_by_one_equal_the_plain_form(monkeypatch, frames, batch):
+    monkeypatch.setattr(axlstm_chunks, "REACH", 0.0)
+    assert_equals_plain(encoder_with(), chunks(batch, frames))
+
+
+def test_gates_that_open_and_close_equal_the_plain_form():
+    encoder = encoder_with()
+    for block in encoder.blocks:
+        block.gate_i.weight.data *= 300
+        block.gate_f.weight.data *= 300  # from all forgotten to nothing, token by token
+    assert_equals_plain(encoder, chunks(2, 200), tolerance=2e-4)
+
+
+def test_an_embedder_runs_it_and_gives_what_the_plain_form_gives(noise, monkeypatch):
+    encoder, audio, runs, encode = encoder_with(), noise(3, 80_000), [], ChunkEncoder._encode
+
+    def counted(self: ChunkEncoder, tokens: Tensor) -> Tensor:
+        runs.append(len(tokens))
+        return encode(self, tokens)
+
+    monkeypatch.setattr(ChunkEncoder, "_encode", counted)
+    embeddings, _ = Embedder(encoder).timestamp_embeddings(audio)
+    assert sum(runs) == 9  # 5 s are three chunks
+    encoder.mode = "parallel"  # asked for: not the form that is chosen by itself
+    plain, _ = Embedder(encoder).timestamp_embeddings(audio)
+    assert sum(runs) == 9
+    torch.testing.assert_close(embeddings, plain, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.q.weight.data.mul_(1.5),  # .data goes past autograd's version counter
+        lambda block: setattr(block, "skip", nn.Parameter(block.skip.detach() + 1)),
+        lambda block: block.load_state_dict({name: 1.1 * value for name, value in block.state_dict().items()}),
+    ],
+)
+def test_changed_weights_are_seen_at_the_next_call(noise, change):
+    encoder, audio = encoder_with(), noise(1, 20_000)
+    model = Embedder(encoder)
+    before = model.scene_embeddings(audio)
+    with torch.no_grad():
+        change(encoder.blocks[1])
+    changed = model.scene_embeddings(audio)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    assert torch.equal(changed, Embedder(copy.deepcopy(encoder)).scene_embeddings(audio))
+
+
+def test_the_encoder_and_its_input_stay_as_they_are():
+    encoder, logmel = encoder_with(), chunks(2, 100)
+    weights, given = copy.deepcopy(encoder.state_dict()), logmel.clone()
+    with torch.no_grad():
+        first = ChunkEncoder(encoder)(logmel)
+        assert torch.equal(ChunkEncoder(encoder)(logmel), first)
+    assert torch.equal(logmel, given)
+    assert all(torch.equal(weights[name], value) for name, value in encoder.state_dict().items())
+
+
+def _double(encoder: AxLSTMEncoder) -> None:
+    encoder.double()
+
+
+def _hook(encoder: AxLSTMEncoder) -> None:
+    encoder.blocks[0].conv.register_forward_hook(lambda *_: None)
+
+
+def _pre_hook(encoder: AxLSTMEncoder) -> None:
+    encoder.blocks[1].register_forward_pre_hook(lambda *_: None)
+
+
+def _other_module(encoder: AxLSTMEncoder) -> None:
+    encoder.blocks[0].down = nn.Sequential(encoder.blocks[0].down)
+
+
+def _other_forward(encoder: AxLSTMEncoder) -> None:
+    encoder.blocks[0].forward = encoder.blocks[1].forward
+
+
+def _parametrized(encoder: AxLSTMEncoder) -> None:
+    nn.utils.parametrizations.weight_norm(encoder.blocks[0].up)
+
+
+def _bias(encoder: AxLSTMEncoder) -> None:
+    encoder.blocks[0].up = nn.Linear(encoder.config.dim, 2 * encoder.config.inner_dim)
+
+
+def _no_bias(encoder: AxLSTMEncoder) -> None:
+    encoder.blocks[1].gate_i.bias = None
+
+
+@pytest.mark.parametrize(
+    "change", [_bias, _no_bias, _double, _hook, _pre_hook, _other_module, _other_forward, _parametrized]
+)
+def test_an_encoder_that_was_changed_runs_in_its_plain_form(change):
+    encoder = encoder_with()
+    assert axlstm_chunks.takes(encoder)
+    change(encoder)
+    assert not axlstm_chunks.takes(encoder)
+
+
+def test_blocks_that_lie_in_two_heads_run_in_the_plain_form():
+    assert not axlstm_chunks.takes(encoder_with(dim=24, expansion=1, projection_block=4))  # 6 channels a head
+
+
+def test_hooks_on_the_encoder_are_called_by_an_embedder(noise):
+    encoder, seen = encoder_with(), []
+    encoder.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    Embedder(encoder).scene_embeddings(noise(1, 32_000))
+    assert seen == [(1, 251, 48)]

@@ -1,0 +1,196 @@
+"""The papers' released code, reproduced: every golden checkpoint, through the commands a user runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import GOLDEN
+
+import hear_audiomaepp
+import hear_axlstm
+from hear_encoders import PatchConfig, load_checkpoint
+from hear_encoders import released as reference
+from hear_encoders.cli.weights import main as weights_main
+from hear_encoders.released import import_checkpoint
+
+CHECKPOINTS = ["audiomaepp", "audiomaepp_rope", "mae", "axlstm_e2_flip", "axlstm_e3_flip", "axlstm_e3_noflip", "ssast"]
+LENGTHS = (17120, 32000, 68801)
+
+
+def import_arguments(name, config):
+    return ["--heads", str(config["num_heads"])] + (["--no-flip"] if config.get("flip") is False else [])
+
+
+@pytest.fixture(params=CHECKPOINTS)
+def imported(request, golden, tmp_path):
+    """A golden checkpoint imported by the command: its directory, HEAR module, golden tensors and config."""
+    tensors, config = golden(request.param)
+    directory = tmp_path / "imported"
+    arguments = import_arguments(request.param, config)
+    assert weights_main(["import", str(GOLDEN / f"{request.param}.pth"), str(directory), *arguments]) == 0
+    module = hear_audiomaepp if config["model"] == "MAE_PlusPlus" else hear_axlstm
+    return directory, module, tensors, config
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("samples", LENGTHS)
+def test_reference_framing_equals_the_released_code(imported, samples):
+    directory, module, tensors, _ = imported
+    model = module.load_model(str(directory), framing="reference")
+    audio = tensors[f"io/audio.{samples}"]
+    embeddings, timestamps = module.get_timestamp_embeddings(audio, model)
+    assert_equal(embeddings, tensors[f"io/timestamp_embeddings.{samples}"])
+    assert_equal(timestamps, tensors[f"io/timestamps_ms.{samples}"])
+    assert_equal(module.get_scene_embeddings(audio, model), tensors[f"io/scene_embeddings.{samples}"])
+
+
+def test_encoder_alone_equals_the_released_code(imported):
+    directory, _, tensors, _ = imported
+    encoder = load_checkpoint(directory / "model.safetensors")
+    with torch.no_grad():
+        tokens = encoder(tensors["io/spectrogram"][:, 0])
+    assert_equal(reference.regroup_tokens(tokens, encoder.config.patches), tensors["io/features"])
+
+
+def test_architecture_is_told_from_the_tensors(imported):
+    directory, _, _, released = imported
+    config = load_checkpoint(directory / "model.safetensors").config
+    family = {"MAE_PlusPlus": "mae", "xLSTM_SSAST": "axlstm", "SSAST": "ssast"}[released["model"]]
+    family = "audiomaepp" if released.get("encoder_plusplus_block") else family
+    assert (config.family, config.dim, config.depth) == (family, released["embed_dim"], released["depth"])
+    assert config.patches == PatchConfig()
+    if family == "axlstm":
+        assert (config.expansion, config.flip, config.heads) == (released["expansion_factor"], released["flip"], 4)
+    else:
+        assert config.heads == released["num_heads"]
+        assert config.rope == ("sequence" if released.get("encoder_use_rope") else "none")
+        assert config.swiglu_norm == ("attention" if family == "audiomaepp" else "own")
+
+
+def test_default_options_on_an_imported_directory_use_exact_framing(imported):
+    directory, module, tensors, _ = imported
+    model = module.load_model(str(directory))
+    embeddings, timestamps = module.get_timestamp_embeddings(tensors["io/audio.32000"], model)
+    assert embeddings.shape[1] == 50
+    assert torch.equal(timestamps[0], 40 * torch.arange(50.0) + 15)
+
+
+def test_regrouping_takes_five_times_of_one_row():
+    grid = PatchConfig()
+    tokens = torch.arange(250.0)[None, :, None]  # token number as its only channel
+    regrouped = reference.regroup_tokens(tokens, grid)
+    assert regrouped.shape == (1, 50, 5)
+    assert regrouped[0, 7].tolist() == [7, 57, 107, 157, 207]
+
+
+def test_padding_is_a_full_chunk_where_none_is_needed():
+    grid = PatchConfig()
+    assert [reference.pad_count(frames, grid) for frames in (1, 199, 200, 201, 400)] == [199, 1, 200, 199, 200]
+    assert reference.step_count(199 * 160, grid) == 50  # 200 frames: the extra chunk is dropped again
+
+
+def test_heads_are_needed_for_attention_and_checked_where_they_can_be():
+    for name in ("mae", "audiomaepp", "ssast"):
+        with pytest.raises(ValueError, match=rf"{name}\.pth: the number of attention heads cannot be told"):
+            import_checkpoint(GOLDEN / f"{name}.pth")
+    with pytest.raises(ValueError, match=r"TransformerConfig\.heads = 7 must divide dim = 48"):
+        import_checkpoint(GOLDEN / "mae.pth", heads=7)
+    with pytest.raises(ValueError, match="RoPE frequencies are those of 3 heads, got 4"):
+        import_checkpoint(GOLDEN / "audiomaepp_rope.pth", heads=4)
+    assert import_checkpoint(GOLDEN / "audiomaepp_rope.pth")[0].heads == 3
+    assert import_checkpoint(GOLDEN / "axlstm_e3_flip.pth")[0].heads == 4
+
+
+def test_the_input_gate_of_an_axlstm_can_be_given(tmp_path):
+    path = str(GOLDEN / "axlstm_e3_noflip.pth")
+    assert weights_main(["import", path, str(tmp_path), "--no-flip", "--input-gate", "sigmoid"]) == 0
+    assert load_checkpoint(tmp_path / "model.safetensors").config.input_gate == "sigmoid"
+
+
+def rewritten(tmp_path, change):
+    """The golden MAE checkpoint with its model's tensors changed."""
+    checkpoint = torch.load(GOLDEN / "mae.pth", weights_only=False)
+    change(checkpoint)
+    path = tmp_path / "changed.pth"
+    torch.save(checkpoint, path)
+    return path
+
+
+def test_wrapped_and_bare_checkpoints_are_read(tmp_path):
+    expected_config, expected = import_checkpoint(GOLDEN / "mae.pth", heads=3)
+
+    def wrap(checkpoint):
+        checkpoint["model"] = {f"module._orig_mod.{name}": t for name, t in checkpoint["model"].items()}
+
+    wrapped = import_checkpoint(rewritten(tmp_path, wrap), heads=3)
+    bare = tmp_path / "bare.pth"
+    torch.save(torch.load(GOLDEN / "mae.pth", weights_only=False)["model"], bare)
+    for config, tensors in (wrapped, import_checkpoint(bare, heads=3)):
+        assert config == expected_config
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].pop("cls_token"), "missing tensor 'cls_token'"),
+        (lambda c: c["model"].pop("patch_embed.proj.weight"), "missing tensor 'patch_embed.proj.weight'"),
+        (lambda c: c["model"].pop("encoder.blocks.1.mlp.layer2.bias"), "missing tensor 'blocks.1.mlp.down.bias'"),
+        (lambda c: c["model"].update({"encoder.blocks.0.gamma": torch.ones(3)}), "unknown tensor 'blocks.0.gamma'"),
+        (lambda c: c["model"]["encoder.pos_embed"].add_(0.1), "pos_embed is not the fixed sin-cos table"),
+        (lambda c: c.update(model={"a": torch.ones(1)}), "found none of the tensors"),
+        (lambda c: c.update(model={0: torch.zeros(1)}), "expected a dictionary with the model's tensors under 'model'"),
+        (lambda c: c["model"].update({"encoder.pos_embed": torch.zeros(())}), "a tensor has too few dimensions"),
+        (lambda c: c.update(model=[1, 2]), "expected a dictionary with the model's tensors under 'model'"),
+    ],
+)
+def test_a_foreign_or_incomplete_checkpoint_is_named(change, message, tmp_path, capsys):
+    path = rewritten(tmp_path, change)
+    assert weights_main(["import", str(path), str(tmp_path / "out"), "--heads", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "changed.pth" in error and message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 cut short"])
+def test_a_file_that_is_no_checkpoint_is_named(content, tmp_path):
+    path = tmp_path / "foreign.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"foreign\.pth: not a readable torch checkpoint"):
+        import_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        import_checkpoint(tmp_path / "nothing.pth")
+
+
+class Trap:
+    """Pickles to a call that would leave a file behind."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", [os.mkdir, exec])
+def test_nothing_in_the_pickle_is_executed(function, tmp_path):
+    trace = tmp_path / "executed"
+    argument = str(trace) if function is os.mkdir else f"import os; os.mkdir({str(trace)!r})"
+    path = rewritten(tmp_path, lambda c: c.update(args=argparse.Namespace(trap=Trap(function, argument))))
+    try:
+        config, _ = import_checkpoint(path, heads=3)
+        assert config.dim == 48  # read, with the trap replaced by something inert
+    except ValueError as error:  # refused, which is as good
+        assert "changed.pth" in str(error)
+    assert not trace.exists()
+    with pytest.raises((FileExistsError, pickle.UnpicklingError, TypeError)):  # the trap is real
+        trace.mkdir()
+        torch.load(path, weights_only=False)
+        raise TypeError
