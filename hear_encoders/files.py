@@ -1,26 +1,34 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that survive kills and second runs: whole files, locks, folders that belong to their settings."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+_POLL_S = 0.05
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the name `path` only once it is complete and on disk.
 
-    An error inside the `with` block, or a killed process, leaves what was at `path` before; a killed process
-    may leave `.PID-RANDOM.tmp` beside it.
+    An error inside the `with` block, or a killed process, leaves whatever was at `path` before. A killed process may
+    leave `.PID-RANDOM.tmp` beside it.
     """
     path = Path(path)
-    # The target's name is not in it: with anything added, a long one would be too long.
-    unfinished = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    unfinished = _unfinished(path)
     try:
         with open(unfinished, "wb") as file:
             yield file
@@ -32,7 +40,152 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write plain values as JSON for people to read, whole or not at all."""
+def _unfinished(path: Path) -> Path:
+    """Return a new name beside `path`. It leaves the target's name out: with anything added, a long one is too long."""
+    return path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
+    """Write plain values as JSON, atomically.
+
+    Args:
+        indent: None writes one line without spaces, for files that nobody reads.
+    """
     with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+        file.write(_json_bytes(value, indent))
+
+
+def _json_bytes(value: Any, indent: int | None = 2) -> bytes:
+    separators = (",", ":") if indent is None else None
+    return (json.dumps(value, indent=indent, separators=separators) + "\n").encode()
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not valid JSON; the message names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+@contextmanager
+def locked(
+    folder: str | os.PathLike[str],
+    *,
+    name: str | os.PathLike[str] | None = None,
+    wait_s: float = 0.0,
+    inherited: bool = True,
+) -> Iterator[int | None]:
+    """Hold the only lock on a folder. The system frees it when this process ends, however it ends.
+
+    Where there are no locks (Windows, some cluster file systems) this does nothing.
+
+    Args:
+        folder: an existing folder; gets the file `.lock`.
+        name: what the error calls the folder; default: its path.
+        wait_s: how long to wait for another process to let go; `math.inf` waits for ever.
+        inherited: child processes hold the lock too. Right for children that write to the folder. Wrong for children
+            that only read: they may outlive a killed parent by seconds, in which it could not be started again.
+
+    Yields:
+        The lock's file descriptor, to pass to child processes that must hold it; None where there are no locks.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    if fcntl is None:
+        yield None
+        return
+    lock = fcntl.flock if inherited else fcntl.lockf
+    deadline = time.monotonic() + wait_s
+    with open(Path(folder) / LOCK_FILE, "wb") as file:
+        while True:
+            try:
+                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise ValueError(f"another process is writing to {name or folder}") from error
+                time.sleep(_POLL_S)
+            except OSError:  # a file system without locks
+                break
+        yield file.fileno()
+
+
+def write_or_check_settings(
+    record: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    *,
+    holds: str,
+    advice: str,
+    free: Container[str] = (),
+    write: bool = True,
+) -> dict[str, Any] | None:
+    """Make a folder belong to these settings, or check that it does.
+
+    The first run writes its settings into `record`; later ones must have the same. Of several first runs at once, one
+    writes and the others compare.
+
+    Args:
+        record: JSON file in the folder; the folder is made if need be.
+        settings: plain JSON values.
+        holds: the folder's content with a past participle, for the error: "embeddings made", "a run begun".
+        advice: the end of the error: "choose another folder".
+        free: settings that may differ.
+        write: False only checks.
+
+    Returns:
+        The settings in the record; None if there is none and `write` is False.
+
+    Raises:
+        ValueError: the record is damaged, or holds other settings; the message names the first difference.
+    """
+    record, settings = Path(record), json.loads(json.dumps(settings))  # tuples become lists, as in the record
+    if not record.exists():
+        if not write:
+            return None
+        record.parent.mkdir(parents=True, exist_ok=True)
+        if _create(record, _json_bytes(settings)):
+            return settings
+    try:
+        earlier = read_json(record)
+        if not isinstance(earlier, dict):
+            raise ValueError(f"{record}: expected a JSON object, got {type(earlier).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{error}: damaged; {advice}") from error
+    if difference := settings_difference(earlier, settings, free):
+        raise ValueError(f"{record.parent} holds {holds} with {difference}: {advice}")
+    return earlier
+
+
+def settings_difference(earlier: Mapping[str, Any], now: Mapping[str, Any], free: Container[str] = ()) -> str:
+    """Name the first setting that differs, such as "seed = 1, now 2"; empty if none does."""
+    for key in {**now, **earlier}:
+        if key not in free and earlier.get(key) != now.get(key):
+            return f"{key} = {earlier.get(key)!r}, now {now.get(key)!r}"
+    return ""
+
+
+def _create(path: Path, content: bytes) -> bool:
+    """Create a whole file under a name that nobody else has taken; return False if somebody has."""
+    unfinished = _unfinished(path)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(unfinished, path)  # fails if the name is taken, unlike a rename
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            os.replace(unfinished, path)
+        return True
+    finally:
+        with suppress(FileNotFoundError):
+            unfinished.unlink()
