@@ -1,21 +1,20 @@
 """The virtual environment that heareval runs in.
 
-heareval 2021.1.3 pins numpy 1.19.2 and numba 0.48, which no current Python installs, so it cannot share this
-project's environment as an ordinary dependency. Its pins are only on paper: installed without its dependencies, beside
-the versions in kit-requirements.txt, it runs (see `evaluation.kit` for what it needs besides).
+heareval 2021.1.3 pins numpy 1.19.2 and numba 0.48, which no current Python can install, so it cannot be an ordinary
+dependency of this project. It does not really need them: installed without its dependencies, beside the versions in
+kit-requirements.txt, it runs with a few patches (see `evaluation.kit`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
 import venv
 from pathlib import Path
 
-from hear_encoders.files import atomic_write, write_json
+from hear_encoders.files import atomic_write, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = Path(__file__).parent / "kit-requirements.txt"
@@ -26,29 +25,29 @@ STAMP_FILE = "kit.json"
 
 
 def setup(environment: Path) -> bool:
-    """Make the environment, or complete one that was begun.
+    """Create the environment, or complete an unfinished or outdated one.
 
     Args:
-        environment: its directory. Nothing but a virtual environment may be there.
+        environment: its folder: new, empty, or a virtual environment.
 
     Returns:
-        False where it was complete already, for the same lists of requirements.
+        False if it was already complete and its requirements have not changed since.
 
     Raises:
-        ValueError: the directory holds something else.
-        subprocess.CalledProcessError: pip failed; it has said why.
+        ValueError: the folder holds something else.
+        subprocess.CalledProcessError: pip failed, and has printed why.
     """
     stamp, stamp_file = {"requirements": _requirements_hash()}, environment / STAMP_FILE
-    if stamp_file.is_file() and json.loads(stamp_file.read_text()) == stamp:
+    if stamp_file.is_file() and read_json(stamp_file) == stamp:
         return False
     if environment.exists() and any(environment.iterdir()) and not (environment / "pyvenv.cfg").is_file():
-        raise ValueError(f"{environment} is not empty and not a virtual environment")
+        raise ValueError(f"{environment} is not a virtual environment, and not empty")
     if not python(environment).is_file():
         venv.create(environment, with_pip=True)
     constraints = environment / "constraints.txt"
     with atomic_write(constraints) as file:
         file.write(other_constraints(CONSTRAINTS.read_text(), REQUIREMENTS.read_text()).encode())
-    # -I: without PYTHONPATH, where pip would find this checkout and take the project for installed.
+    # -I ignores PYTHONPATH: with this checkout on it, pip would believe that the project is installed.
     pip = [str(python(environment)), "-I", "-m", "pip", "install", "--disable-pip-version-check"]
     subprocess.run([*pip, "-r", str(REQUIREMENTS), "-c", str(constraints)], check=True)
     subprocess.run([*pip, "--no-deps", HEAREVAL], check=True)
@@ -58,27 +57,27 @@ def setup(environment: Path) -> bool:
 
 
 def python(environment: Path) -> Path:
-    """The interpreter of a virtual environment."""
+    """Return the path of a virtual environment's interpreter."""
     return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def check(environment: Path) -> None:
-    """Raise FileNotFoundError where `setup` has not made this environment, or has not finished it."""
+    """Raise FileNotFoundError unless `setup` has completed this environment."""
     if not (environment / STAMP_FILE).is_file():
         raise FileNotFoundError(
-            f"{environment} is not an environment for heareval: make it with `python -m evaluation setup {environment}`"
+            f"{environment} is not a complete heareval environment: run `python -m evaluation setup {environment}`"
         )
 
 
 def other_constraints(constraints: str, requirements: str) -> str:
-    """The lines of `constraints` about packages that `requirements` does not pin itself."""
+    """Return the lines of `constraints` whose packages `requirements` does not pin."""
     pinned = {_package(line) for line in requirements.splitlines() if "==" in line.partition("#")[0].partition(";")[0]}
     kept = [line for line in constraints.splitlines() if _package(line) and _package(line) not in pinned]
     return "\n".join(kept) + "\n"
 
 
 def _package(line: str) -> str:
-    """The normalised name that a line of requirements begins with; empty for a comment."""
+    """Return the normalized package name at the start of a requirements line; empty for a comment."""
     name = re.match(r"[\w.-]*", line).group()
     return re.sub(r"[-_.]+", "-", name).lower()
 

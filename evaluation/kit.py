@@ -1,9 +1,10 @@
-"""What runs inside heareval's environment: one step of an evaluation per process.
+"""The steps of an evaluation, each run as a process inside heareval's environment.
 
-`evaluation.driver` calls `python -m evaluation.kit STEP ARGUMENTS PID`, the step's keyword arguments as
-JSON and its own process, with the interpreter of the environment that `evaluation.environment` made. The
-evaluation itself is heareval 2021.1.3, unchanged, from PyPI. It was written for the libraries of 2021 and for a wider
-search than the papers'; what has to be set before it starts is in this file, each with its reason.
+`evaluation.driver` calls `python -m evaluation.kit STEP ARGUMENTS DRIVER_PID` with the interpreter of the environment
+that `evaluation.environment` made. ARGUMENTS is a JSON object of the step's keyword arguments.
+
+heareval 2021.1.3 comes from PyPI, unchanged. It expects the libraries of 2021 and searches a wider grid than the
+papers, so each step patches it before it starts. All patches are in this file, each with its reason.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Nothing slow is imported up here: a step watches its driver (see `main`) before it loads torch and the rest.
+# Slow imports (torch, also by way of hear_encoders) are inside functions: `main` must watch the driver before them.
 
-# The papers' restricted search; what is not named here (optimiser, norms) has one value in heareval's own grid.
+# The papers' restricted grid. Settings not named here (optimizer, norms) have a single value in heareval's own grid.
 PAPERS_GRID = {
     "hidden_layers": [1],
     "hidden_dim": [1024],
@@ -38,7 +39,8 @@ PAPERS_GRID = {
     "max_epochs": [500],
     "check_val_every_n_epoch": [3],
 }
-ALL_GRID_POINTS = 1000  # heareval tries a random choice of so many; a task's metadata may widen its grid
+# heareval tries a random sample of this many grid points: more than any grid has, also where a task widens it.
+ALL_GRID_POINTS = 1000
 
 MAP_CLIPS, MAP_COMPONENTS, MAP_PERPLEXITY, MAP_SEED = 600, 50, 30, 0
 
@@ -47,7 +49,7 @@ MAP_CLIPS, MAP_COMPONENTS, MAP_PERPLEXITY, MAP_SEED = 600, 50, 30, 0
 
 
 def describe(module: str, weights_path: str | None, options: dict[str, Any], output: str) -> None:
-    """Load a model as heareval does, and write what there is to know about it."""
+    """Load a model as heareval does; write its sample rate, sizes, weights' hash and library versions to `output`."""
     from hear_encoders.files import write_json
 
     imported = importlib.import_module(module)
@@ -66,8 +68,8 @@ def describe(module: str, weights_path: str | None, options: dict[str, Any], out
 def embed(
     module: str, weights_path: str | None, options: dict[str, Any], tasks_dir: str, task: str, output: str
 ) -> None:
-    """Embed all clips of a task; the folder `output` is there once that is complete."""
-    importlib.import_module(module)  # before TensorFlow, beside which not every library can be loaded any more
+    """Embed all clips of a task. The folder `output` appears only once it is complete."""
+    importlib.import_module(module)  # before TensorFlow: some libraries (openSMILE) cannot be loaded after it
     _accept_pickled_weights()
     _replace_memory_meter()
     _pass_tensorflow_gpu_check()
@@ -79,31 +81,31 @@ def embed(
     if weights_path:
         arguments += ["--model", weights_path]
     runner([*arguments, "--model-options", json.dumps(options)], standalone_mode=False)
-    (embeddings,) = unfinished.glob(f"*/{task}")  # below a folder that heareval names after module and options
+    (embeddings,) = unfinished.glob(f"*/{task}")  # heareval names the folder between after the module and options
     shutil.rmtree(output, ignore_errors=True)
     os.replace(embeddings, output)
     shutil.rmtree(unfinished)
 
 
 def predict(embeddings: str, folder: str, seed: int) -> None:
-    """Train and test the papers' classifiers for one seed; heareval leaves its scores in `folder`."""
+    """Train and test the papers' classifiers with one seed. heareval writes the scores to `folder`."""
     _accept_pickled_weights()
     _replace_memory_meter()
     _restore_epoch_setter()
     _train_through_undefined_scores()
-    # Lightning asks for deterministic kernels; cuBLAS has them only with a fixed workspace, and raises without.
+    # heareval turns deterministic kernels on; cuBLAS then raises unless its workspace size is fixed.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
     from heareval.predictions import runner, task_predictions
 
     task_predictions.PARAM_GRID.update(PAPERS_GRID, initialization=[torch.nn.init.xavier_normal_])
-    # The progress of each batch of 500 epochs fills logs, and takes a share of the time of such a small network.
+    # A progress bar over 500 epochs fills the log, and slows the training of such a small network.
     task_predictions.pl.Trainer = functools.partial(task_predictions.pl.Trainer, enable_progress_bar=False)
-    # heareval has the seed 42 written into it.
+    # heareval always passes seed 42.
     seed_everything = task_predictions.seed_everything
     task_predictions.seed_everything = lambda _, workers: seed_everything(seed, workers=workers)
 
-    # heareval writes beside the embeddings: each seed gets a folder of its own, with links to them.
+    # heareval writes into the folder of embeddings, so each seed gets its own folder with links to them.
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     for entry in os.scandir(embeddings):
@@ -113,27 +115,27 @@ def predict(embeddings: str, folder: str, seed: int) -> None:
 
 
 def draw_map(embeddings: str, output: str) -> None:
-    """Lay out the test clips of a scene task in two dimensions, and write points and labels."""
+    """Project test clips of a scene task to two dimensions by t-SNE; write points and labels to `output`."""
     import numpy as np
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    from hear_encoders.files import write_json
+    from hear_encoders.files import read_json, write_json
 
     folder = Path(embeddings)
-    metadata = json.loads((folder / "task_metadata.json").read_text(encoding="utf-8"))
-    # Of a k-fold task every fold is tested on once.
+    metadata = read_json(folder / "task_metadata.json")
+    # A k-fold task tests on each fold in turn.
     splits = ["test"] if metadata["split_mode"] == "trainvaltest" else metadata["splits"]
     vectors, labels = [], []
     for split in splits:
-        shape = tuple(json.loads((folder / f"{split}.embedding-dimensions.json").read_text()))
+        shape = read_json(folder / f"{split}.embedding-dimensions.json")
         vectors.append(np.fromfile(folder / f"{split}.embeddings.npy", dtype=np.float32).reshape(shape))
-        with open(folder / f"{split}.target-labels.pkl", "rb") as file:  # our own heareval has just written it
+        with open(folder / f"{split}.target-labels.pkl", "rb") as file:  # trusted: the embed step wrote it
             labels += [" + ".join(map(str, clip)) for clip in pickle.load(file)]
     vectors = np.concatenate(vectors)
     count = min(MAP_CLIPS, len(vectors))
     if count < 4:
-        raise ValueError(f"a map takes at least 4 test clips, got {count}")
+        raise ValueError(f"a map needs at least 4 test clips, got {count}")
     chosen = np.sort(np.random.default_rng(MAP_SEED).permutation(len(vectors))[:count])
     components = min(MAP_COMPONENTS, count, vectors.shape[1])
     perplexity = min(MAP_PERPLEXITY, (count - 1) / 3)
@@ -153,21 +155,21 @@ def draw_map(embeddings: str, output: str) -> None:
 STEPS: dict[str, Callable[..., None]] = {"describe": describe, "embed": embed, "predict": predict, "map": draw_map}
 
 
-# ---- what heareval needs to run today ----
+# ---- patches that let heareval run with current libraries ----
 
 
 def _accept_pickled_weights() -> None:
-    """Since 2.6 torch.load refuses pickled objects unless asked not to.
+    """Let torch.load read pickled objects, which it refuses by default since 2.6.
 
-    heareval loads the Lightning checkpoints that it has just written, and modules of 2021 load their own weights so.
+    heareval loads its own Lightning checkpoints that way, and HEAR modules of 2021 their weights.
     """
     os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
 
 
 def _restore_epoch_setter() -> None:
-    """Before testing heareval sets the epoch whose postprocessing of events it wants (hear-eval-kit issue 432).
+    """Make Lightning's current epoch assignable again (hear-eval-kit issue 432).
 
-    Lightning dropped that in 1.6: the assignment would be to an attribute that nothing reads.
+    Before testing, heareval sets it to the epoch whose event postprocessing it wants. Lightning 1.6 removed the setter.
     """
     from pytorch_lightning.loops import FitLoop
 
@@ -181,9 +183,9 @@ def _restore_epoch_setter() -> None:
 
 
 def _train_through_undefined_scores() -> None:
-    """An event F-measure is NaN as long as nothing is detected, and EarlyStopping then ends the training at once.
+    """Make early stopping treat a NaN score as no improvement instead of ending the training.
 
-    Such a score now counts as no improvement. None of the papers' tasks has one.
+    An event F-measure is NaN as long as no event is detected. None of the papers' tasks is scored by one.
     """
     from heareval.predictions import task_predictions
 
@@ -191,7 +193,7 @@ def _train_through_undefined_scores() -> None:
 
 
 def _replace_memory_meter() -> None:
-    """On a GPU machine heareval's memory meter needs the pynvml of 2021, whose names were bytes. Nothing reads it."""
+    """Replace heareval's GPU memory meter, which fails with current pynvml; nothing reads its results."""
     meter = types.ModuleType("heareval.gpu_max_mem")
     meter.reset = lambda: None
     meter.measure = lambda: None
@@ -201,7 +203,7 @@ def _replace_memory_meter() -> None:
 
 
 def _pass_tensorflow_gpu_check() -> None:
-    """heareval stops where torch sees a GPU and TensorFlow does not; that only matters to TensorFlow's modules."""
+    """Pass heareval's check that TensorFlow sees the GPU that torch sees; only TensorFlow modules would need it."""
     import tensorflow as tf
 
     tf.test.is_gpu_available = lambda *_, **__: True
@@ -211,21 +213,21 @@ def _pass_tensorflow_gpu_check() -> None:
 
 
 def _weights(model: object) -> dict[str, Any]:
-    """Number and hash of a torch model's weights: what tells two models of one name apart."""
+    """Return the number and hash of a torch model's weights, which identify it; None for other models."""
     import torch
 
     if not isinstance(model, torch.nn.Module):
         return {"parameters": None, "fingerprint": None}
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):  # a module may keep other things there
+        if isinstance(tensor, torch.Tensor):  # a state dict may hold extra state of any type
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {"parameters": sum(p.numel() for p in model.parameters()), "fingerprint": digest.hexdigest()}
 
 
 def _versions(module: str) -> dict[str, str]:
-    """Versions of Python, of what computes the scores, and of the module's own distribution where it has one."""
+    """Return the versions of Python, of the libraries that compute scores, and of the module's own distribution."""
     package = module.partition(".")[0]
     names = ["heareval", "torch", "numpy", "pytorch-lightning", "scikit-learn", "sed_eval", "hear-audiomaepp"]
     names += importlib.metadata.packages_distributions().get(package, [])
@@ -236,7 +238,7 @@ def _versions(module: str) -> dict[str, str]:
 
 
 def _end_with(driver: int) -> None:
-    """End this process soon after its parent: a driver that was killed must not leave steps at work."""
+    """End this process soon after the driver ends, so that a killed driver leaves no step running."""
 
     def watch() -> None:
         while os.getppid() == driver:
@@ -247,9 +249,9 @@ def _end_with(driver: int) -> None:
 
 
 def main() -> None:
-    """Run one step: its name, its arguments as JSON, and the process to end with."""
-    step, arguments, driver = sys.argv[1:]
-    _end_with(int(driver))
+    """Run the step that the command line names."""
+    step, arguments, driver_pid = sys.argv[1:]
+    _end_with(int(driver_pid))
     STEPS[step](**json.loads(arguments))
 
 

@@ -120,7 +120,7 @@ def test_the_command_prints_a_row_per_model_and_says_what_it_leaves_out(tmp_path
     assert printed.out.splitlines()[2] == "evaluation.baselines | 100.0 | 100.0"
     assert "left out" in printed.err and "folded, onsets" in printed.err
     assert command.main([*arguments, "--average", "7"]) == 2
-    assert "160 numbers do not have 7 equal parts" in capsys.readouterr().err
+    assert "160 values cannot be split into 7 equal parts" in capsys.readouterr().err
     assert command.main([*arguments, "--tasks", "onsets"]) == 2
     assert "no task to probe" in capsys.readouterr().err
     assert command.main([*arguments, "--module", "hear_axlstm", "--option", "framng=exact"]) == 2
