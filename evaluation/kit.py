@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Slow imports (torch, also by way of hear_encoders) are inside functions: `main` must watch the driver before them.
+# Slow imports (torch, and hear_encoders, which imports torch) are inside functions: `main` watches the driver first.
 
 # The papers' restricted grid. Settings not named here (optimizer, norms) have a single value in heareval's own grid.
 PAPERS_GRID = {
@@ -39,7 +39,7 @@ PAPERS_GRID = {
     "max_epochs": [500],
     "check_val_every_n_epoch": [3],
 }
-# heareval tries a random sample of this many grid points: more than any grid has, also where a task widens it.
+# heareval tries this many random grid points: more than any grid has, even one that a task's metadata widens.
 ALL_GRID_POINTS = 1000
 
 MAP_CLIPS, MAP_COMPONENTS, MAP_PERPLEXITY, MAP_SEED = 600, 50, 30, 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from evaluation.driver import Task
+from evaluation.tasks import Task
 from hear_encoders.files import read_json
 
 METRICS = ("top1_acc", "pitch_acc")  # both are the fraction of clips that are classified correctly
@@ -32,7 +32,7 @@ SceneEmbeddings = Callable[[Tensor], Tensor]
 
 def can_probe(task: Task) -> bool:
     """Return whether each clip has one embedding and one label, and the task has a validation split."""
-    return task.facts["embedding_type"] == "scene" and task.facts["metric"] in METRICS and not task.kfold
+    return task.embedding_type == "scene" and task.metric in METRICS and not task.kfold
 
 
 def probe_model(

@@ -1,7 +1,7 @@
 """Eight labelled tasks in HEAR's format, made from freely licensed recordings in Debian's packages.
 
-HEAR's own data have to be applied for, downloaded from many places, or paid for. These tasks can be made by anyone
-with an internet connection and apt, are modelled on HEAR's, and go through heareval as they are:
+HEAR's own data must be applied for, downloaded from many places, or paid for. These tasks are modelled on HEAR's,
+anyone with an internet connection and apt can make them, and heareval runs them unchanged:
 
     python -m evaluation.open_tasks OUT_DIR
 
@@ -15,18 +15,17 @@ with an internet connection and apt, are modelled on HEAR's, and go through hear
     onsets             DCASE 2016 task 2                  8 events, 100       by kit maker and background's author
     language_id        VoxLingua107 top 10                4, 3474             by package; a stress test
 
-What makes recordings of one source alike (its microphone, its room, its codec) says nothing about the label, but a
-model that has heard the source finds the label by it: a random split of drum_stroke is 0.83 where this one is 0.65.
-So no source is in two splits, and the validation split is cut from the training side by source too. Games copy sounds
-from each other: of everyday_sounds those are left out that are also in a package of another fold. The tasks are small:
-differences between models want intervals.
+No source is in two splits, and the validation split is cut from the training side by source too. Recordings of one
+source share a microphone, a room and a codec, from which a model could guess the label: with a random split,
+drum_stroke scores 0.83, with this one 0.65. Games also copy sounds from each other, so everyday_sounds leaves out
+sounds that a package of another fold has too. The tasks are small: compare models by confidence intervals.
 
-    sources    recordings by package and path, decoded
-    recorded, rendered, speakers, onsets    the tasks, what they leave to chance, and why
+    sources    lists of recordings; clips of one length and level
+    recorded, rendered, speakers, onsets    the tasks, and the reasons for their design
     fluidsynth rendering notes
-    folder     a task's folder, in HEAR's format
+    folder     a task's folder in HEAR's format
     __main__   the command
 
-`../tasks` has the lists of recordings with their labels, sources and splits. Every draw has a fixed seed, so that the
-same packages make the same bytes. The lists are of Debian 12.
+`lists/` names the recordings with their labels, sources and splits, for Debian 12. Every random draw has a fixed seed,
+so the same packages give the same bytes.
 """

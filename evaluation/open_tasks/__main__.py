@@ -1,48 +1,51 @@
-"""The command: `python -m evaluation.open_tasks OUT_DIR`."""
+"""The command `python -m evaluation.open_tasks OUT_DIR`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluation.open_tasks.folder import Clip, Task, write_task
-from evaluation.open_tasks.onsets import onsets_clips, onsets_sources, onsets_task
-from evaluation.open_tasks.recorded import recorded_clips, recorded_sources, recorded_task
-from evaluation.open_tasks.rendered import rendered_clips, rendered_sources, rendered_task
-from evaluation.open_tasks.speakers import speakers_clips, speakers_sources, speakers_task
-from hear_encoders.console import FAILED, INTERRUPTED
+from evaluation.open_tasks.folder import Clip, TaskSpec, write_task
+from evaluation.open_tasks.onsets import onsets_clips, onsets_sources, onsets_spec
+from evaluation.open_tasks.recorded import recorded_clips, recorded_sources, recorded_spec
+from evaluation.open_tasks.rendered import rendered_clips, rendered_sources, rendered_spec
+from evaluation.open_tasks.speakers import speakers_clips, speakers_sources, speakers_spec
+from hear_encoders.console import FAILED, INTERRUPTED, output_path, positive, print_error
 from training.corpora import archive
 from training.corpora.recordings import check_decoders, packages_of
 
-_EPILOG = """\
-examples:
-  python -m evaluation.open_tasks tasks/
-  python -m evaluation.open_tasks tasks/ --tasks drum_stroke onsets --cache /data/debian
+PROG = "python -m evaluation.open_tasks"
 
-Run the same command again to go on after an interruption: finished tasks and fetched packages are skipped.
+_EPILOG = f"""\
+examples:
+  {PROG} tasks/
+  {PROG} tasks/ --tasks drum_stroke onsets --cache /data/debian
+
+After an interruption, run the same command again: it skips finished tasks and fetched packages.
 Exit code 1: a task could not be made; 2: bad usage; 130: interrupted.
 """
 
 
 class Recipe(NamedTuple):
-    """How a task is made: its description, the recordings it takes, its clips from the cache with so many threads."""
+    """How to make a task."""
 
-    task: Callable[[], Task]
-    sources: Callable[[], list[str]]
-    clips: Callable[[Path, int], list[Clip]]
+    spec: Callable[[], TaskSpec]
+    sources: Callable[[], list[str]]  # its recordings, PACKAGE/PATH
+    clips: Callable[[Path, int], list[Clip]]  # from the cache, with this many threads
 
 
 def _recorded(name: str) -> Recipe:
     return Recipe(
-        lambda: recorded_task(name), lambda: recorded_sources(name), lambda cache, _: recorded_clips(name, cache)
+        partial(recorded_spec, name), partial(recorded_sources, name), lambda cache, _: recorded_clips(name, cache)
     )
 
 
 def _rendered(name: str) -> Recipe:
-    return Recipe(lambda: rendered_task(name), rendered_sources, lambda cache, jobs: rendered_clips(name, cache, jobs))
+    return Recipe(partial(rendered_spec, name), rendered_sources, partial(rendered_clips, name))
 
 
 RECIPES: dict[str, Recipe] = {
@@ -51,53 +54,65 @@ RECIPES: dict[str, Recipe] = {
     "pitch": _rendered("pitch"),
     "instrument_family": _rendered("instrument_family"),
     "spoken_words": _recorded("spoken_words"),
-    "speaker_count": Recipe(speakers_task, speakers_sources, lambda cache, _: speakers_clips(cache)),
-    "onsets": Recipe(onsets_task, onsets_sources, lambda cache, _: onsets_clips(cache)),
+    "speaker_count": Recipe(speakers_spec, speakers_sources, lambda cache, _: speakers_clips(cache)),
+    "onsets": Recipe(onsets_spec, onsets_sources, lambda cache, _: onsets_clips(cache)),
     "language_id": _recorded("language_id"),
 }
 
 
 def build(name: str, out_dir: Path, cache: Path, jobs: int = 1) -> tuple[Path, bool]:
-    """Make a task, unless its folder is there.
+    """Make a task unless its folder exists.
 
     Returns:
-        The folder, and whether it was made now.
+        The folder, and whether this call made it.
     """
     recipe = RECIPES[name]
-    task = recipe.task()
-    folder = out_dir / task.folder_name
+    spec = recipe.spec()
+    folder = out_dir / spec.folder_name
     if folder.is_dir():
         return folder, False
     sources = recipe.sources()
     check_decoders(sources)
     packages = packages_of(sources)
+    _log(f"{name}: fetching packages, {len(packages)} in all")
     archive.fetch(packages, cache)
-    return write_task(out_dir, task, recipe.clips(cache, jobs), packages, cache, jobs), True
+    _log(f"{name}: making clips")
+    return write_task(out_dir, spec, recipe.clips(cache, jobs), packages, cache, jobs), True
+
+
+def _log(message: str) -> None:
+    """Report progress when standard error is a file; on a terminal there are progress bars."""
+    if not sys.stderr.isatty():
+        print_error(PROG, message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.open_tasks",
+        prog=PROG,
         description="Make HEAR tasks from freely licensed recordings in Debian's packages.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out_dir", type=Path, help="gets a folder per task, and nothing else: heareval's --tasks-dir")
+    parser.add_argument(
+        "out_dir", type=output_path, help="folder for task folders and nothing else, as heareval's --tasks-dir expects"
+    )
     parser.add_argument(
         "--tasks",
         nargs="+",
         choices=RECIPES,
         default=list(RECIPES),
         metavar="TASK",
-        help=f"only these of {', '.join(RECIPES)}",
+        help=f"make only these tasks; all are {', '.join(RECIPES)}",
     )
     parser.add_argument(
-        "--cache", type=Path, default=archive.default_cache(), help="unpacked packages (default: %(default)s)"
+        "--cache",
+        type=output_path,
+        default=archive.default_cache(),
+        help="folder for unpacked packages (default: %(default)s)",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="threads that make clips (default: %(default)s)")
+    parser.add_argument("--jobs", type=positive(int), default=2, help="threads that make clips (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     if args.cache.resolve().is_relative_to(args.out_dir.resolve()):
         parser.error("--cache must not be inside OUT_DIR, which is for tasks only")
     failed = False
@@ -105,12 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.tasks:
             try:
                 folder, made = build(name, args.out_dir, args.cache, args.jobs)
-                print(f"{folder}{'' if made else ' (was there)'}")
+                print(folder if made else f"{folder} (already there)", flush=True)
             except (OSError, ValueError, RuntimeError, ImportError) as error:
                 failed = True
-                print(f"{parser.prog}: {name}: {error}", file=sys.stderr)
+                print_error(PROG, f"{name}: {error}")
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on", file=sys.stderr)
+        print_error(PROG, "interrupted; run the same command again to go on")
         return INTERRUPTED
     return FAILED if failed else 0
 

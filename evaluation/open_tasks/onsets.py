@@ -1,13 +1,13 @@
-"""onsets: drum hits at random, known times on quiet music or ambience, as in DCASE 2016 task 2.
+"""onsets: drum hits at random, known times over quiet music or ambience, modelled on DCASE 2016 task 2.
 
-The hits are those of drum_stroke; a split has the kits of whole folds, and its own backgrounds, so that neither
-crosses (every group below is a kit's maker or a background's author). A clip is 5 s long and has one background,
-repeated without a gap where it is shorter, and 6 to 14 hits of classes drawn evenly. What is loud as 100 ms of a hit
-stands 6 to 30 dB above the background; then the whole clip is peak-normalised.
+The hits are those of drum_stroke. A split has the kits of whole folds and its own backgrounds, so neither crosses
+splits; a group is a kit's maker or a background's author. A clip is 5 s long and has one background, looped without a
+gap if it is shorter, and 6 to 14 hits with classes drawn uniformly. The first 100 ms of a hit are 6 to 30 dB above the
+background in root mean square; then the clip is peak-normalized.
 
-An event begins where its hit first reaches a tenth of its peak, and ends when it has decayed by 30 dB, but lasts at
-least 0.2 s and at most 1 s. Onsets are at least 0.2 s apart, and 0.3 s of silence in a class separate two of its
-events, so that each can be found after smoothing.
+An event begins where its hit first reaches a tenth of its peak. It ends where the hit has decayed by 30 dB, after at
+least 0.2 s and at most 1 s. Onsets are at least 0.2 s apart, and events of one class are separated by at least 0.3 s,
+so that smoothed predictions can tell them apart.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.open_tasks.folder import Clip, Label, Task
-from evaluation.open_tasks.sources import level, read_list
+from evaluation.open_tasks.folder import Clip, Label, TaskSpec
+from evaluation.open_tasks.sources import WINDOW, loud_windows, normalize_peak, read_list
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from training.corpora.recordings import read_recording
 
@@ -28,21 +28,21 @@ SECONDS = 5.0
 CLIPS = {"train": 40, "valid": 20, "test": 40}
 MAX_EPOCHS = 100
 
-# Folds of drum_stroke. Every class is in each of the three.
+# The folds of drum_stroke in each split. Every split has all classes.
 FOLDS = {"train": ("fold0", "fold3"), "valid": ("fold2",), "test": ("fold1", "fold4")}
 
-HITS = (6, 14)  # per clip
+HITS_PER_CLIP = (6, 14)
 ABOVE_BACKGROUND_DB = (6.0, 30.0)
-SPACING_S = 0.2  # between onsets
-SILENCE_S = 0.3  # of a class, between its events
-EVENT_S = (0.2, 1.0)  # shortest and longest
+ONSET_SPACING_S = 0.2
+CLASS_GAP_S = 0.3  # from an event's end to the next onset of its class
+EVENT_S = (0.2, 1.0)  # shortest and longest event
 DECAY_DB = 30.0
 
-ONSET_SHARE = 0.1  # of the peak
-BEFORE_ONSET_S = 0.005
-HIT_S = 1.5  # a hit that goes on is faded out
+ONSET_LEVEL = 0.1  # fraction of a hit's peak
+BEFORE_ONSET_S = 0.005  # kept of the recording before the onset
+MAX_HIT_S = 1.5  # longer hits are faded out
 FADE_S = 0.1
-CROSSFADE_S = 0.25  # where a background is repeated
+CROSSFADE_S = 0.25  # where a background loops
 LAST_ONSET_S = SECONDS - EVENT_S[1]
 
 
@@ -51,9 +51,9 @@ class Hit:
     """A hit, ready to be mixed.
 
     Attributes:
-        samples: (N,) float32; 100 ms from the onset on have a root mean square of 1.
-        onset: index of the sample at which its event begins.
-        event_s: how long its event lasts.
+        samples: (N,) float32, scaled so that the 100 ms from the onset have a root mean square of 1.
+        onset: index of the sample at which the event begins.
+        event_s: duration of the event.
     """
 
     samples: np.ndarray
@@ -62,8 +62,8 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A hit in a clip."""
+class PlacedHit:
+    """A hit with its time and level in a clip."""
 
     path: str
     label: str
@@ -72,8 +72,9 @@ class Placed:
     event_s: float
 
 
-def onsets_task() -> Task:
-    return Task(
+def onsets_spec() -> TaskSpec:
+    """Return the description of onsets."""
+    return TaskSpec(
         "onsets",
         SECONDS,
         ("train", "valid", "test"),
@@ -83,9 +84,9 @@ def onsets_task() -> Task:
         parameters={
             "use_scoring_for_early_stopping": True,
             "evaluation_params": {
-                # heareval's own (250 ms, at least 125 ms) would smooth the shortest events away.
+                # heareval's defaults (250 ms median filter, at least 125 ms) would remove the shortest events.
                 "event_postprocessing_grid": {"median_filter_ms": [150], "min_duration": [50]},
-                # Every step of 40 ms is an example: an epoch has 5 batches, where clips of most tasks fill one.
+                # Every 40 ms step is an example, so an epoch has 5 batches; most tasks have one.
                 "task_specific_param_grid": {"max_epochs": [MAX_EPOCHS]},
             },
         },
@@ -93,11 +94,16 @@ def onsets_task() -> Task:
 
 
 def onsets_sources() -> list[str]:
+    """Return the recordings that onsets needs, as PACKAGE/PATH."""
     return [row["path"] for name in ("drum_stroke", "onset_backgrounds") for row in read_list(name)]
 
 
 def onsets_clips(cache: Path) -> list[Clip]:
-    """The clips of this task. Reads every hit, since events end when they have decayed."""
+    """Return the clips of onsets. This reads every hit, because its decay determines its event's end.
+
+    Args:
+        cache: cache of `training.corpora.archive` with the task's packages.
+    """
     clips = []
     for split, folds in FOLDS.items():
         rows = [row for row in read_list("drum_stroke") if row["split"] in folds]
@@ -114,57 +120,58 @@ def onsets_clips(cache: Path) -> list[Clip]:
             sources = (background, *(hit.path for hit in placed))
             clips.append(
                 Clip(
-                    f"{split}-{number:03d}.wav",
-                    split,
-                    tuple(events_of(placed)),
-                    tuple(dict.fromkeys(group_of[path] for path in sources)),
-                    sources,
-                    partial(_mix, background, placed, hits, rng.random(), cache),
+                    name=f"{split}-{number:03d}.wav",
+                    split=split,
+                    labels=tuple(events_of(placed)),
+                    groups=tuple(dict.fromkeys(group_of[path] for path in sources)),
+                    sources=sources,
+                    make=partial(_mix, background, placed, hits, rng.random(), cache),
                 )
             )
     return clips
 
 
 def prepare_hit(samples: np.ndarray) -> Hit:
-    """Cut a recording of a hit to what is heard of it, and find out how long that is."""
-    onset = int(np.argmax(np.abs(samples) >= ONSET_SHARE * np.abs(samples).max()))
+    """Cut a recording to its audible hit, scale it and measure its duration."""
+    onset = int(np.argmax(np.abs(samples) >= ONSET_LEVEL * np.abs(samples).max()))
     first = max(0, onset - round(BEFORE_ONSET_S * SAMPLE_RATE))
-    hit = samples[first : first + round(HIT_S * SAMPLE_RATE)].astype(np.float32)
+    hit = samples[first : first + round(MAX_HIT_S * SAMPLE_RATE)].astype(np.float32)
     if first + len(hit) < len(samples):
         fade = round(FADE_S * SAMPLE_RATE)
         hit[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
     onset -= first
-    heard = hit[onset:]
-    hit /= np.sqrt(np.mean(heard[: SAMPLE_RATE // 10] ** 2))
-    return Hit(hit, onset, float(np.clip(_decay_s(heard), *EVENT_S)))
+    from_onset = hit[onset:]
+    hit /= np.sqrt(np.mean(from_onset[: SAMPLE_RATE // 10] ** 2))
+    return Hit(hit, onset, float(np.clip(_decay_s(from_onset), *EVENT_S)))
 
 
-def place_hits(by_label: dict[str, list[str]], event_s: dict[str, float], rng: random.Random) -> list[Placed]:
-    """Draw hits and their times.
+def place_hits(by_label: dict[str, list[str]], event_s: dict[str, float], rng: random.Random) -> list[PlacedHit]:
+    """Draw a clip's hits and their times.
 
     Args:
-        by_label: the recordings of each class.
-        event_s: how long the event of each recording lasts.
-        rng: what is drawn from.
+        by_label: recordings of each class.
+        event_s: event duration of each recording.
+        rng: source of randomness.
 
     Returns:
-        Hits in the order of their onsets.
+        Hits in order of their onsets.
     """
-    placed: list[Placed] = []
-    wanted = rng.randint(*HITS)
-    for _ in range(100 * wanted):  # far more than needed: the clip has room
+    placed: list[PlacedHit] = []
+    wanted = rng.randint(*HITS_PER_CLIP)
+    for _ in range(100 * wanted):  # far more tries than it takes to find room for all
         if len(placed) == wanted:
             break
         label = rng.choice(sorted(by_label))
         path = rng.choice(by_label[label])
         onset_s = round(rng.uniform(BEFORE_ONSET_S, LAST_ONSET_S), 3)
-        hit = Placed(path, label, onset_s, rng.uniform(*ABOVE_BACKGROUND_DB), event_s[path])
-        if all(_apart(hit, other) for other in placed):
+        hit = PlacedHit(path, label, onset_s, rng.uniform(*ABOVE_BACKGROUND_DB), event_s[path])
+        if all(_far_enough_apart(hit, other) for other in placed):
             placed.append(hit)
     return sorted(placed, key=lambda hit: hit.onset_s)
 
 
-def events_of(placed: list[Placed]) -> list[Label]:
+def events_of(placed: list[PlacedHit]) -> list[Label]:
+    """Return hits as HEAR's events, with times in milliseconds."""
     return [
         {
             "label": hit.label,
@@ -175,40 +182,36 @@ def events_of(placed: list[Placed]) -> list[Label]:
     ]
 
 
-def repeat(samples: np.ndarray, length: int, first: int) -> np.ndarray:
-    """A recording from sample `first` on, repeated with crossfades up to `length` samples."""
+def loop(samples: np.ndarray, length: int, first: int) -> np.ndarray:
+    """Return `length` samples of a recording from sample `first` on, looped with crossfades."""
     fade = min(round(CROSSFADE_S * SAMPLE_RATE), len(samples) // 4)
     ramp = np.sqrt(np.linspace(0, 1, fade, dtype=np.float32))  # equal power
-    loop = samples[fade:].copy()
-    loop[-fade:] = loop[-fade:] * ramp[::-1] + samples[:fade] * ramp
-    first %= len(loop)
-    return np.tile(loop, -(-(first + length) // len(loop)))[first : first + length]
+    cycle = samples[fade:].copy()
+    cycle[-fade:] = cycle[-fade:] * ramp[::-1] + samples[:fade] * ramp
+    first %= len(cycle)
+    return np.tile(cycle, -(-(first + length) // len(cycle)))[first : first + length]
 
 
-def _apart(hit: Placed, other: Placed) -> bool:
-    if abs(hit.onset_s - other.onset_s) < SPACING_S:
+def _far_enough_apart(hit: PlacedHit, other: PlacedHit) -> bool:
+    if abs(hit.onset_s - other.onset_s) < ONSET_SPACING_S:
         return False
     earlier, later = sorted((hit, other), key=lambda one: one.onset_s)
-    return hit.label != other.label or later.onset_s >= earlier.onset_s + earlier.event_s + SILENCE_S
+    return hit.label != other.label or later.onset_s >= earlier.onset_s + earlier.event_s + CLASS_GAP_S
 
 
-def _decay_s(heard: np.ndarray) -> float:
-    """Time after which 20 ms of a hit stay `DECAY_DB` below its loudest 20 ms."""
-    window = SAMPLE_RATE // 50
-    padded = np.pad(heard, (0, -len(heard) % window))
-    power = np.mean(padded.reshape(-1, window) ** 2, axis=1)
-    last = np.flatnonzero(power >= power.max() * 10 ** (-DECAY_DB / 10))[-1]
-    return (last + 1) * window / SAMPLE_RATE
+def _decay_s(from_onset: np.ndarray) -> float:
+    """Return the time after which every 20 ms of a hit are more than `DECAY_DB` below the loudest 20 ms."""
+    return (loud_windows(from_onset, DECAY_DB)[-1] + 1) * WINDOW / SAMPLE_RATE
 
 
-def _mix(background: str, placed: list[Placed], hits: dict[str, Hit], phase: float, cache: Path) -> np.ndarray:
+def _mix(background: str, placed: list[PlacedHit], hits: dict[str, Hit], phase: float, cache: Path) -> np.ndarray:
     length = round(SECONDS * SAMPLE_RATE)
     samples = read_recording(background, cache)
-    mix = repeat(samples, length, int(phase * len(samples)))
+    mix = loop(samples, length, int(phase * len(samples)))
     mix = mix / np.sqrt(np.mean(mix**2))
-    for hit in placed:
-        drum = hits[hit.path]
-        first = round(hit.onset_s * SAMPLE_RATE) - drum.onset
-        heard = drum.samples[: length - first]
-        mix[first : first + len(heard)] += heard * np.float32(10 ** (hit.above_db / 20))
-    return level(mix)
+    for placed_hit in placed:
+        hit = hits[placed_hit.path]
+        first = round(placed_hit.onset_s * SAMPLE_RATE) - hit.onset
+        part = hit.samples[: length - first]
+        mix[first : first + len(part)] += part * np.float32(10 ** (placed_hit.above_db / 20))
+    return normalize_peak(mix)

@@ -1,14 +1,14 @@
-"""Tasks whose clips are rendered notes: pitch, and families of instruments, in the manner of NSynth.
+"""Tasks whose clips are rendered notes, modelled on NSynth: pitch and instrument families.
 
-From each of three sound fonts come 16 notes of MIDI 36 to 83 for every General MIDI program from 0 to 79 but 55 (a
-stab of several notes): 2 s, without reverb and chorus, peak-normalised. The notes are random: the 48 pitches are
-shuffled and dealt to the programs, again and again, so every pitch is about as frequent as any other. A note that a
-sound font does not have, as a few instruments' highest ones, is left out.
+Each of three sound fonts renders 16 notes from MIDI 36 to 83 with every General MIDI program from 0 to 79 except 55,
+which plays a stab of several notes. A clip is 2 s, without reverb and chorus, peak-normalized. The 48 pitches are
+shuffled and dealt to the programs, again and again, so all pitches are about equally frequent. A note that a sound font
+lacks, such as the highest ones of a few instruments, is left out.
 
-    pitch               trained on FluidR3_GM and tested on the two others, with other programs: 5 of each family of
-                        programs are for training, the rest for testing. One of the 5 validates.
-    instrument_family   the same notes; trained on FluidR3_GM, tested on all notes of the two others. The classes are
-                        General MIDI's families. Two programs of each validate.
+    pitch               trains on FluidR3_GM; tests on the two other fonts with other programs. 5 programs of each
+                        family are for training, one of which validates; the rest are for testing
+    instrument_family   the same notes; trains on FluidR3_GM, tests on all notes of the two others. The classes are the
+                        General MIDI families. Two programs of each validate
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.open_tasks.fluidsynth import render, synthesizer_packages
-from evaluation.open_tasks.folder import Clip, Task
-from evaluation.open_tasks.sources import level
+from evaluation.open_tasks.folder import Clip, TaskSpec
+from evaluation.open_tasks.sources import normalize_peak
 from training.corpora import archive
 
 SECONDS = 2.0
@@ -33,7 +33,7 @@ NOTES = range(36, 84)
 NOTES_PER_PROGRAM = 16
 PROGRAMS = tuple(program for program in range(80) if program != 55)
 
-# General MIDI's families of eight programs.
+# The General MIDI families, of eight programs each.
 FAMILIES = (
     "piano",
     "chromatic percussion",
@@ -47,15 +47,15 @@ FAMILIES = (
     "pipe",
 )
 
-TRAIN_PROGRAMS = 5  # of each family, in pitch
-VALID_PROGRAMS = {"pitch": 1, "instrument_family": 2}  # of those of each family that are for training
+TRAIN_PROGRAMS = 5  # of each family, in pitch; includes the validation programs
+VALID_PROGRAMS = {"pitch": 1, "instrument_family": 2}  # of each family
 
-# Peak below which a sound font has nothing to play: its quietest notes are at 0.01.
+# A peak below this means that the sound font lacks the note; the quietest notes peak at 0.01.
 SILENCE = 1e-4
 
 
 class SoundFont(NamedTuple):
-    """A sound font of General MIDI instruments."""
+    """A General MIDI sound font in a Debian package."""
 
     name: str
     package: str
@@ -63,7 +63,7 @@ class SoundFont(NamedTuple):
 
 
 class Instrument(NamedTuple):
-    """A program of a sound font with its notes, which are all in one split."""
+    """A program of a sound font, with its notes. All of them are in one split."""
 
     split: str
     font: SoundFont
@@ -78,21 +78,22 @@ TEST_FONTS = (
 )
 
 
-def rendered_task(name: str) -> Task:
-    """The description of one of these tasks."""
+def rendered_spec(name: str) -> TaskSpec:
+    """Return the description of one of these tasks."""
     splits = ("train", "valid", "test")
     if name == "pitch":
-        # In this order chroma_acc, which takes indices modulo 12, does what it says.
-        return Task(name, SECONDS, splits, ("pitch_acc", "chroma_acc"), tuple(str(note) for note in NOTES))
-    return Task(name, SECONDS, splits, ("top1_acc",), FAMILIES)
+        # Ascending, because chroma_acc compares label indices modulo 12.
+        return TaskSpec(name, SECONDS, splits, ("pitch_acc", "chroma_acc"), tuple(str(note) for note in NOTES))
+    return TaskSpec(name, SECONDS, splits, ("top1_acc",), FAMILIES)
 
 
 def rendered_sources() -> list[str]:
+    """Return the sound fonts that these tasks need, as PACKAGE/PATH."""
     return [f"{font.package}/{font.path}" for font in (TRAIN_FONT, *TEST_FONTS)]
 
 
 def split_programs(name: str) -> dict[str, tuple[int, ...]]:
-    """Which programs of which splits: drawn family by family, the same for every run."""
+    """Return each split's programs: drawn per family, the same in every run."""
     splits: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
     for family in range(len(FAMILIES)):
         programs = [program for program in PROGRAMS if program // 8 == family]
@@ -105,7 +106,7 @@ def split_programs(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def deal_notes(font: str) -> dict[int, tuple[int, ...]]:
-    """The notes of each program in a sound font, the same for every run and in both tasks."""
+    """Return the notes of each program in a sound font, the same in every run and in both tasks."""
     rng = random.Random(f"notes of {font}")
     deck: list[int] = []
     dealt = {}
@@ -119,12 +120,12 @@ def deal_notes(font: str) -> dict[int, tuple[int, ...]]:
 
 
 def rendered_clips(name: str, cache: Path, jobs: int = 1) -> list[Clip]:
-    """The clips of one of these tasks. Renders all of them, since notes that a sound font does not have are left out.
+    """Return the clips of one of these tasks. This renders all notes, to leave out those that a sound font lacks.
 
     Args:
-        name: the task's.
-        cache: of `training.corpora.archive`; holds the sound fonts' packages, and gets FluidSynth's.
-        jobs: instruments rendered at a time.
+        name: the task.
+        cache: cache of `training.corpora.archive` with the sound fonts' packages; gets FluidSynth's packages.
+        jobs: number of instruments rendered at a time.
     """
     synthesizer = list(archive.fetch(synthesizer_packages(), cache).values())
     instruments = [
@@ -138,13 +139,13 @@ def rendered_clips(name: str, cache: Path, jobs: int = 1) -> list[Clip]:
         path = archive.locate(cache / instrument.font.package, instrument.font.path)
         rendered = render(instrument.notes, instrument.program, path, SECONDS, synthesizer)
         return {
-            # As the clips will have them, which also takes half as much memory.
-            note: np.rint(level(samples) * 32767).astype(np.int16)
+            # 16 bits, as in the clips' files, take half the memory.
+            note: np.rint(normalize_peak(samples) * 32767).astype(np.int16)
             for note, samples in zip(instrument.notes, rendered)
             if np.abs(samples).max() > SILENCE
         }
 
-    clips = []
+    clips: list[Clip] = []
     with ThreadPoolExecutor(jobs) as pool:
         rendering = tqdm(pool.map(render_one, instruments), f"{name}: rendering", len(instruments), disable=None)
         for instrument, rendered in zip(instruments, rendering):
@@ -153,18 +154,18 @@ def rendered_clips(name: str, cache: Path, jobs: int = 1) -> list[Clip]:
 
 
 def _clips(name: str, instrument: Instrument, rendered: dict[int, np.ndarray]) -> Iterator[Clip]:
-    """The clips of an instrument, from its notes as 16-bit samples."""
+    """Yield the clips of an instrument from its notes, 16-bit samples."""
     split, font, program, _ = instrument
     for note, samples in rendered.items():
         yield Clip(
-            f"{font.name}-{program:02d}-{note}.wav",
-            split,
-            (str(note) if name == "pitch" else FAMILIES[program // 8],),
-            (f"program {program}" if name == "pitch" else f"{font.name} program {program}",),
-            (f"{font.package}/{font.path} program {program} note {note}",),
-            partial(_samples, samples),
+            name=f"{font.name}-{program:02d}-{note}.wav",
+            split=split,
+            labels=(str(note) if name == "pitch" else FAMILIES[program // 8],),
+            groups=(f"program {program}" if name == "pitch" else f"{font.name} program {program}",),
+            sources=(f"{font.package}/{font.path} program {program} note {note}",),
+            make=partial(_to_float, samples),
         )
 
 
-def _samples(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.float32) / 32767
+def _to_float(samples: np.ndarray) -> np.ndarray:
+    return samples.astype(np.float32) / 32767

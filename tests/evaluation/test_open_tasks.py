@@ -20,7 +20,7 @@ import soundfile
 
 from evaluation.open_tasks import __main__ as command
 from evaluation.open_tasks import fluidsynth, onsets, recorded, rendered, sources, speakers
-from evaluation.open_tasks.folder import Clip, Task, check_clips, write_task
+from evaluation.open_tasks.folder import Clip, TaskSpec, check_clips, write_task
 from training.corpora import archive, recordings
 
 RATE = 16000
@@ -59,7 +59,7 @@ def add_sound(cache: Path, name: str, samples: np.ndarray, rate: int = RATE) -> 
     ],
 )
 def test_recorded_tasks_have_their_clips_classes_and_splits(tmp_path, name, clips, classes, splits):
-    task, made = recorded.recorded_task(name), recorded.recorded_clips(name, tmp_path)
+    task, made = recorded.recorded_spec(name), recorded.recorded_clips(name, tmp_path)
     assert len(made) == clips
     assert len(task.labels) == classes
     assert Counter(clip.split for clip in made) == splits
@@ -93,7 +93,7 @@ def test_onsets_keep_kits_and_backgrounds_apart():
     assert sorted(folds) == ["fold0", "fold1", "fold2", "fold3", "fold4"]
     for split in onsets.FOLDS.values():
         rows = [row for row in sources.read_list("drum_stroke") if row["split"] in split]
-        assert {row["label"] for row in rows} == set(onsets.onsets_task().labels)
+        assert {row["label"] for row in rows} == set(onsets.onsets_spec().labels)
     authors = {(row["group"], row["split"]) for row in sources.read_list("onset_backgrounds")}
     assert len(authors) == len({author for author, _ in authors})
 
@@ -110,7 +110,7 @@ def test_every_source_is_a_path_in_a_package():
 
 @pytest.mark.parametrize("name", command.RECIPES)
 def test_descriptions_are_what_heareval_takes(name):
-    task = command.RECIPES[name].task()
+    task = command.RECIPES[name].spec()
     about = task.metadata()
     assert about["task_name"] == name
     assert about["embedding_type"] == ("event" if name == "onsets" else "scene")
@@ -127,7 +127,7 @@ def test_descriptions_are_what_heareval_takes(name):
 
 
 def test_pitches_an_octave_apart_have_indices_an_octave_apart():
-    labels = rendered.rendered_task("pitch").labels
+    labels = rendered.rendered_spec("pitch").labels
     assert [int(label) % 12 for label in labels] == [index % 12 for index in range(48)]
 
 
@@ -190,7 +190,7 @@ def test_notes_that_a_sound_font_does_not_have_are_left_out(tmp_path, monkeypatc
     monkeypatch.setattr(rendered, "synthesizer_packages", lambda: ["fluidsynth"])
     monkeypatch.setattr(rendered, "render", fake_render)
     clips = rendered.rendered_clips("pitch", tmp_path, jobs=2)
-    check_clips(rendered.rendered_task("pitch"), clips)
+    check_clips(rendered.rendered_spec("pitch"), clips)
     expected = sum(
         note <= 60
         for split, programs in rendered.split_programs("pitch").items()
@@ -239,7 +239,7 @@ def test_hits_are_placed_apart():
 
 def test_a_repeated_background_has_no_gaps_or_clicks():
     samples = tone(1.0, 440)
-    looped = onsets.repeat(samples, 5 * RATE, 3000)
+    looped = onsets.loop(samples, 5 * RATE, 3000)
     assert looped.shape == (5 * RATE,)
     blocks = np.sqrt(np.mean(looped.reshape(-1, 400) ** 2, axis=1))
     assert blocks.min() > 0.5 * blocks.max()
@@ -249,7 +249,7 @@ def test_a_repeated_background_has_no_gaps_or_clicks():
 def test_onset_clips_rise_where_their_events_begin(cache, monkeypatch):
     rng = np.random.default_rng(0)
     kits = {"train": "fold0", "valid": "fold2", "test": "fold1"}
-    labels = onsets.onsets_task().labels
+    labels = onsets.onsets_spec().labels
     decay = np.exp(-np.arange(4800) / 800).astype(np.float32)
     rows = {
         "drum_stroke": [
@@ -264,7 +264,7 @@ def test_onset_clips_rise_where_their_events_begin(cache, monkeypatch):
             for split in kits
         ],
     }
-    task = onsets.onsets_task()
+    task = onsets.onsets_spec()
     monkeypatch.setattr(onsets, "read_list", rows.__getitem__)
     monkeypatch.setattr(onsets, "CLIPS", {"train": 3, "valid": 1, "test": 1})
     clips = onsets.onsets_clips(cache)
@@ -287,7 +287,7 @@ def test_onset_clips_rise_where_their_events_begin(cache, monkeypatch):
 
 def test_every_count_is_as_frequent_and_voices_are_different(tmp_path):
     clips = speakers.speakers_clips(tmp_path)
-    check_clips(speakers.speakers_task(), clips)
+    check_clips(speakers.speakers_spec(), clips)
     assert len(clips) == 1800
     counts = Counter((clip.split, clip.labels[0]) for clip in clips)
     assert {counts[split, str(count)] * 4 for split in speakers.MIXTURES for count in (1, 2, 3, 4)} == {1200, 200, 400}
@@ -360,7 +360,7 @@ def test_samples_of_a_sound_font_are_read(cache):
     (cache / "toys" / "Kit.sf2").write_bytes(chunk(b"RIFF", body))
     samples = recordings.read_recording("toys/extracted/Kit/00001_k060_snare.flac", cache)
     assert np.array_equal(samples, values[646:946].astype(np.float32) / 32768)
-    with pytest.raises(ValueError, match="sample 0 of the sound font is called 'kick', expected 'snare'"):
+    with pytest.raises(ValueError, match="sample 0 is called 'kick', expected 'snare'"):
         recordings.read_recording("toys/extracted/Kit/00000_k060_snare.flac", cache)
 
 
@@ -384,12 +384,12 @@ def test_without_pyav_the_error_comes_before_anything_is_fetched(tmp_path, monke
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setattr(archive, "fetch", lambda *_: pytest.fail("fetched"))
     assert command.main([str(tmp_path / "tasks"), "--tasks", "speaker_count", "--cache", str(tmp_path)]) == 1
-    assert "takes PyAV: pip install" in capsys.readouterr().err
+    assert "needs PyAV: pip install" in capsys.readouterr().err
 
 
 # ---- folders ----
 
-TOY_TASK = Task("toy", 1.0, ("train", "valid", "test"), ("top1_acc",), ("a/b", "c"))
+TOY_TASK = TaskSpec("toy", 1.0, ("train", "valid", "test"), ("top1_acc",), ("a/b", "c"))
 
 
 def toy_clips(make=lambda: 0.5 * tone(1.0)) -> list[Clip]:
@@ -438,7 +438,7 @@ def test_the_same_input_gives_the_same_bytes(cache, tmp_path):
 
 
 def test_events_keep_their_times(cache, tmp_path):
-    task = Task("toy", 1.0, ("train", "valid", "test"), ("event_onset_200ms_fms",), ("a/b", "c"), events=True)
+    task = TaskSpec("toy", 1.0, ("train", "valid", "test"), ("event_onset_200ms_fms",), ("a/b", "c"), events=True)
     event = {"label": "c", "start": 10.0, "end": 260.5}
     clips = [Clip(f"{split}.wav", split, (event, event), (split,), (), lambda: tone(1.0)) for split in task.splits]
     folder = write_task(tmp_path / "tasks", task, clips, ["toys"], cache)
@@ -516,7 +516,7 @@ def test_a_finished_task_is_skipped(toy_recipes, cache, tmp_path, monkeypatch, c
     assert command.main(arguments) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == str(tmp_path / "tasks" / "toy-v1.0.0-full")
-    assert second == f"{first} (was there)"
+    assert second == f"{first} (already there)"
 
 
 def test_a_task_that_fails_does_not_keep_the_others_from_being_made(toy_recipes, cache, tmp_path, capsys):
