@@ -15,7 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 from hear_encoders.checkpoint import WEIGHTS_FILE, load_checkpoint, resolve
-from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Pooling, Precision
+from hear_encoders.embedder import DEFAULT_MAX_SEGMENTS, Embedder
+from hear_encoders.execution import Precision
+from hear_encoders.framing import FramingName
+from hear_encoders.pooling import PoolingName
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class HearModule:
         model_file_path: str | os.PathLike[str] = "",
         *,
         revision: str | None = None,
-        framing: Framing = "exact",
+        framing: FramingName = "exact",
         precision: Precision = "auto",
-        max_chunks: int = DEFAULT_MAX_CHUNKS,
+        max_segments: int = DEFAULT_MAX_SEGMENTS,
         statistics: Sequence[float] | None = None,
-        pooling: Pooling = "mean",
+        pooling: PoolingName = "mean",
         compile: bool = False,
     ) -> Embedder:
         """Load a model on the CPU; move it with `.to(device)`.
@@ -52,7 +55,7 @@ class HearModule:
             revision: branch, tag or commit of the Hub repository; None is its default branch.
             framing: "exact", or "reference" for the released code's framing.
             precision: of the encoder's matmuls; "auto", "float32", "bfloat16" or "float16".
-            max_chunks: chunks of 2 s per forward pass; bounds memory, does not change the result.
+            max_segments: 2 s segments per forward pass; bounds memory, does not change the result.
             statistics: mean and standard deviation of log-mel to normalise with instead of each clip's own.
             pooling: of a clip's time steps into its scene embedding: "mean", as in the papers, or "mean_std", which
                 appends their standard deviation and so is twice as long.
@@ -71,7 +74,7 @@ class HearModule:
         options = {
             "framing": framing,
             "precision": precision,
-            "max_chunks": max_chunks,
+            "max_segments": max_segments,
             "statistics": statistics,
             "pooling": pooling,
             "compile": compile,

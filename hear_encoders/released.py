@@ -1,14 +1,4 @@
-"""The papers' released code: its framing, and its checkpoints.
-
-The published numbers of both papers were made with a framing that differs from ours. It is reproduced here,
-quirks included, because published checkpoints are compared through it:
-
-- Frames are padded with zeros after normalisation to a multiple of 200; a clip that fits already is padded by
-  a full chunk. int(steps * pad / 200) steps are dropped at the end.
-- Tokens are time-major but are regrouped as if they were band-major: "step" j of a chunk holds the tokens j,
-  50 + j, 100 + j, ..., five different times of one row of bands.
-- Timestamps are spaced by duration / steps from 0, so they drift by up to one step.
-"""
+"""Checkpoints of the papers' released code: read safely, and translated into this package's names and shapes."""
 
 from __future__ import annotations
 
@@ -21,44 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hear_encoders.config import AxLSTMConfig, EncoderConfig, InputGate, PatchConfig, TransformerConfig
-from hear_encoders.nn.frontend import HOP, SAMPLE_RATE
 from hear_encoders.nn.patches import sincos_2d
-
-# ---------------------------------------------------------------------------------------------------------
-# Framing
-
-
-def pad_count(frames: int, patches: PatchConfig) -> int:
-    """Zero frames that are appended: up to the next multiple of a chunk, a full chunk if already one."""
-    return patches.chunk_frames - frames % patches.chunk_frames
-
-
-def pad_frames(logmel: Tensor, patches: PatchConfig) -> Tensor:
-    """Append the zero frames to a normalised spectrogram (B, F, bands)."""
-    return F.pad(logmel, (0, 0, 0, pad_count(logmel.shape[1], patches)))
-
-
-def step_count(samples: int, patches: PatchConfig) -> int:
-    """Number of timestamp embeddings of a clip of this many samples."""
-    frames = samples // HOP + 1
-    pad = pad_count(frames, patches)
-    steps = (frames + pad) // patches.chunk_frames * patches.steps
-    return steps - int(patches.steps * pad / patches.chunk_frames)
-
-
-def step_ms(samples: int, patches: PatchConfig) -> float:
-    """Spacing of the timestamps in milliseconds."""
-    return 1000 * samples / SAMPLE_RATE / step_count(samples, patches)
-
-
-def regroup_tokens(tokens: Tensor, patches: PatchConfig) -> Tensor:
-    """Group the time-major tokens of full chunks as the released code does: (B, R * T, D) -> (B, T, R * D)."""
-    grid = tokens.unflatten(1, (patches.rows, patches.steps))  # as if the first axis were rows
-    return grid.transpose(1, 2).flatten(2)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints
 
 # Released module names within a block -> ours. No name means different things in different families.
 _MODULES = {

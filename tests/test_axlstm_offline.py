@@ -1,4 +1,4 @@
-"""The AxLSTM encoder as a CPU runs it: equal to its plain form, in float64, and only where it does the same."""
+"""AxLSTM from folded weights on a CPU: equal to the plain form in float64, and used only where it does the same."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hear_encoders import AxLSTMConfig, Embedder, PatchConfig, build_encoder
-from hear_encoders.nn import axlstm_offline as axlstm_chunks
+from hear_encoders.nn import axlstm_offline
 from hear_encoders.nn.axlstm import AxLSTMEncoder
-from hear_encoders.nn.axlstm_offline import ChunkEncoder
+from hear_encoders.nn.axlstm_folded import FoldedAxLSTM
+from hear_encoders.nn.axlstm_offline import OfflineEncoder
 
 
 def encoder_with(spread: float = 0.05, **options) -> AxLSTMEncoder:
@@ -25,21 +26,26 @@ def encoder_with(spread: float = 0.05, **options) -> AxLSTMEncoder:
     return encoder
 
 
-def chunks(batch: int, frames: int, bands: int = 80) -> Tensor:
+def offline(encoder: AxLSTMEncoder) -> OfflineEncoder:
+    folded = FoldedAxLSTM.of(encoder)
+    assert folded is not None
+    return OfflineEncoder(encoder, folded)
+
+
+def segments(batch: int, frames: int, bands: int = 80) -> Tensor:
     return torch.randn(batch, frames, bands, generator=torch.Generator().manual_seed(3))
 
 
 @torch.no_grad()
 def assert_equals_plain(encoder: AxLSTMEncoder, logmel: Tensor, tolerance: float = 2e-5) -> None:
-    assert axlstm_chunks.takes(encoder)
     expected = copy.deepcopy(encoder).double()(logmel.double())
-    torch.testing.assert_close(ChunkEncoder(encoder)(logmel).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(offline(encoder)(logmel).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("frames", [4, 8, 12, 60, 100, 104, 196, 200])  # 6 to 251 tokens: up to three parts
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_it_equals_the_plain_form_at_any_length(batch, frames):
-    assert_equals_plain(encoder_with(), chunks(batch, frames))
+    assert_equals_plain(encoder_with(), segments(batch, frames))
 
 
 @pytest.mark.parametrize(
@@ -59,25 +65,25 @@ def test_it_equals_the_plain_form_at_any_length(batch, frames):
     ],
 )
 def test_it_equals_the_plain_form_in_every_configuration(options):
-    assert_equals_plain(encoder_with(**options), chunks(3, 88))
+    assert_equals_plain(encoder_with(**options), segments(3, 88))
 
 
 @pytest.mark.parametrize("size", [(8, 16), (4, 8), (2, 40)])
 def test_it_equals_the_plain_form_for_other_patches(size):
     patches = PatchConfig(patch_frames=size[0], patch_bands=size[1])
-    assert_equals_plain(encoder_with(patches=patches), chunks(2, 200))
+    assert_equals_plain(encoder_with(patches=patches), segments(2, 200))
 
 
 @pytest.mark.parametrize("together", [1, 100, 251, 600, 10_000])
-def test_how_many_chunks_go_together_does_not_matter(monkeypatch, together):
-    monkeypatch.setattr(axlstm_chunks, "TOKENS_TOGETHER", together)
-    assert_equals_plain(encoder_with(), chunks(5, 200))
+def test_how_many_segments_go_together_does_not_matter(monkeypatch, together):
+    monkeypatch.setattr(axlstm_offline, "SEGMENT_TOKENS", together)
+    assert_equals_plain(encoder_with(), segments(5, 200))
 
 
 @pytest.mark.parametrize("part", [1, 2, 7, 64, 250, 251, 1000])
 def test_how_long_its_parts_are_does_not_matter(monkeypatch, part):
-    monkeypatch.setattr(axlstm_chunks, "PART", part)
-    assert_equals_plain(encoder_with(), chunks(2, 200))
+    monkeypatch.setattr(axlstm_offline, "PART_TOKENS", part)
+    assert_equals_plain(encoder_with(), segments(2, 200))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,7 @@ def test_extreme_gates_equal_the_plain_form(gate_i, gate_f):
     for block in encoder.blocks:
         block.gate_i.bias.data += gate_i
         block.gate_f.bias.data += gate_f
-    assert_equals_plain(encoder, chunks(2, 200))
+    assert_equals_plain(encoder, segments(2, 200))
 
 
 @pytest.mark.parametrize("distance", [30.0, 79.0, 81.0, 400.0])
@@ -101,17 +107,17 @@ def test_weights_near_and_past_the_reach_of_float32_equal_the_plain_form(monkeyp
     threshold = F.threshold
     monkeypatch.setattr(F, "threshold", lambda *arguments: scaled.append(1) or threshold(*arguments))
     with torch.no_grad():
-        ChunkEncoder(encoder)(chunks(1, 200))
-    assert len(scaled) == (2 if distance < axlstm_chunks.REACH else 0)  # blocks whose keys are scaled
+        offline(encoder)(segments(1, 200))
+    assert len(scaled) == (2 if distance < axlstm_offline.MAX_LOG_RANGE else 0)  # blocks whose keys are scaled
     monkeypatch.undo()
-    assert_equals_plain(encoder, chunks(2, 200))
+    assert_equals_plain(encoder, segments(2, 200))
 
 
 @pytest.mark.parametrize("frames", [4, 60, 196, 200])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_weights_made_one_by_one_equal_the_plain_form(monkeypatch, frames, batch):
-    monkeypatch.setattr(axlstm_chunks, "REACH", 0.0)
-    assert_equals_plain(encoder_with(), chunks(batch, frames))
+    monkeypatch.setattr(axlstm_offline, "MAX_LOG_RANGE", 0.0)
+    assert_equals_plain(encoder_with(), segments(batch, frames))
 
 
 def test_gates_that_open_and_close_equal_the_plain_form():
@@ -119,20 +125,20 @@ def test_gates_that_open_and_close_equal_the_plain_form():
     for block in encoder.blocks:
         block.gate_i.weight.data *= 300
         block.gate_f.weight.data *= 300  # from all forgotten to nothing, token by token
-    assert_equals_plain(encoder, chunks(2, 200), tolerance=2e-4)
+    assert_equals_plain(encoder, segments(2, 200), tolerance=2e-4)
 
 
 def test_an_embedder_runs_it_and_gives_what_the_plain_form_gives(noise, monkeypatch):
-    encoder, audio, runs, encode = encoder_with(), noise(3, 80_000), [], ChunkEncoder._encode
+    encoder, audio, runs, encode = encoder_with(), noise(3, 80_000), [], OfflineEncoder._encode
 
-    def counted(self: ChunkEncoder, tokens: Tensor) -> Tensor:
+    def counted(self: OfflineEncoder, tokens: Tensor) -> Tensor:
         runs.append(len(tokens))
         return encode(self, tokens)
 
-    monkeypatch.setattr(ChunkEncoder, "_encode", counted)
+    monkeypatch.setattr(OfflineEncoder, "_encode", counted)
     embeddings, _ = Embedder(encoder).timestamp_embeddings(audio)
-    assert sum(runs) == 9  # 5 s are three chunks
-    encoder.mode = "parallel"  # asked for: not the form that is chosen by itself
+    assert sum(runs) == 9  # 5 s are three segments
+    encoder.mode = "parallel"  # an explicit choice, which the folded form does not override
     plain, _ = Embedder(encoder).timestamp_embeddings(audio)
     assert sum(runs) == 9
     torch.testing.assert_close(embeddings, plain, rtol=2e-5, atol=2e-5)
@@ -141,28 +147,47 @@ def test_an_embedder_runs_it_and_gives_what_the_plain_form_gives(noise, monkeypa
 @pytest.mark.parametrize(
     "change",
     [
-        lambda block: block.q.weight.data.mul_(1.5),  # .data goes past autograd's version counter
+        lambda block: block.q.weight.mul_(1.5),
         lambda block: setattr(block, "skip", nn.Parameter(block.skip.detach() + 1)),
         lambda block: block.load_state_dict({name: 1.1 * value for name, value in block.state_dict().items()}),
+        lambda block: [parameter.mul_(1.1) for parameter in block.parameters()],  # as optimizers do
+        lambda block: block.to(torch.bfloat16).to(torch.float32),
     ],
 )
-def test_changed_weights_are_seen_at_the_next_call(noise, change):
+def test_changed_weights_are_noticed_at_the_next_call(noise, change):
     encoder, audio = encoder_with(), noise(1, 20_000)
     model = Embedder(encoder)
     before = model.scene_embeddings(audio)
     with torch.no_grad():
         change(encoder.blocks[1])
     changed = model.scene_embeddings(audio)
-    assert not torch.allclose(changed, before, atol=1e-3)
+    assert not torch.allclose(changed, before, atol=1e-5)
     assert torch.equal(changed, Embedder(copy.deepcopy(encoder)).scene_embeddings(audio))
 
 
+def test_weights_are_folded_once(noise, monkeypatch):
+    encoder, folded, fold = encoder_with(), [], FoldedAxLSTM._fold
+    monkeypatch.setattr(FoldedAxLSTM, "_fold", lambda *arguments: folded.append(1) or fold(*arguments))
+    model = Embedder(encoder)
+    for _ in range(3):
+        model.scene_embeddings(noise(2, 20_000))
+    assert len(folded) == len(encoder.blocks)
+
+
+def test_weights_made_in_inference_mode_are_folded_too(noise):
+    with torch.inference_mode():
+        encoder = build_encoder(AxLSTMConfig("axlstm", dim=48, depth=2), seed=1).eval()
+        embeddings = Embedder(encoder).scene_embeddings(noise(1, 20_000))
+    plain = build_encoder(AxLSTMConfig("axlstm", dim=48, depth=2), seed=1).eval()
+    assert torch.equal(embeddings, Embedder(plain).scene_embeddings(noise(1, 20_000)))
+
+
 def test_the_encoder_and_its_input_stay_as_they_are():
-    encoder, logmel = encoder_with(), chunks(2, 100)
+    encoder, logmel = encoder_with(), segments(2, 100)
     weights, given = copy.deepcopy(encoder.state_dict()), logmel.clone()
     with torch.no_grad():
-        first = ChunkEncoder(encoder)(logmel)
-        assert torch.equal(ChunkEncoder(encoder)(logmel), first)
+        first = offline(encoder)(logmel)
+        assert torch.equal(offline(encoder)(logmel), first)
     assert torch.equal(logmel, given)
     assert all(torch.equal(weights[name], value) for name, value in encoder.state_dict().items())
 
@@ -171,20 +196,8 @@ def _double(encoder: AxLSTMEncoder) -> None:
     encoder.double()
 
 
-def _hook(encoder: AxLSTMEncoder) -> None:
-    encoder.blocks[0].conv.register_forward_hook(lambda *_: None)
-
-
-def _pre_hook(encoder: AxLSTMEncoder) -> None:
-    encoder.blocks[1].register_forward_pre_hook(lambda *_: None)
-
-
 def _other_module(encoder: AxLSTMEncoder) -> None:
     encoder.blocks[0].down = nn.Sequential(encoder.blocks[0].down)
-
-
-def _other_forward(encoder: AxLSTMEncoder) -> None:
-    encoder.blocks[0].forward = encoder.blocks[1].forward
 
 
 def _parametrized(encoder: AxLSTMEncoder) -> None:
@@ -199,22 +212,33 @@ def _no_bias(encoder: AxLSTMEncoder) -> None:
     encoder.blocks[1].gate_i.bias = None
 
 
-@pytest.mark.parametrize(
-    "change", [_bias, _no_bias, _double, _hook, _pre_hook, _other_module, _other_forward, _parametrized]
-)
-def test_an_encoder_that_was_changed_runs_in_its_plain_form(change):
+@pytest.mark.parametrize("change", [_bias, _no_bias, _double, _other_module, _parametrized])
+def test_an_encoder_with_other_parameters_runs_in_its_plain_form(change):
     encoder = encoder_with()
-    assert axlstm_chunks.takes(encoder)
+    assert FoldedAxLSTM.of(encoder) is not None
     change(encoder)
-    assert not axlstm_chunks.takes(encoder)
+    assert FoldedAxLSTM.of(encoder) is None
 
 
-def test_blocks_that_lie_in_two_heads_run_in_the_plain_form():
-    assert not axlstm_chunks.takes(encoder_with(dim=24, expansion=1, projection_block=4))  # 6 channels a head
+def test_projection_blocks_in_two_heads_run_in_the_plain_form():
+    assert FoldedAxLSTM.of(encoder_with(dim=24, expansion=1, projection_block=4)) is None  # 6 channels per head
 
 
-def test_hooks_on_the_encoder_are_called_by_an_embedder(noise):
-    encoder, seen = encoder_with(), []
-    encoder.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    Embedder(encoder).scene_embeddings(noise(1, 32_000))
-    assert seen == [(1, 251, 48)]
+def test_an_adapter_put_in_after_folding_is_run(noise):
+    class Adapter(nn.Module):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.inner, self.scale = inner, nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * self.inner(x)
+
+    encoder, audio = encoder_with(), noise(1, 20_000)
+    model = Embedder(encoder)
+    before = model.scene_embeddings(audio)
+    encoder.blocks[0].down = Adapter(encoder.blocks[0].down)
+    with torch.no_grad():
+        expected = copy.deepcopy(encoder)
+        expected.mode = "parallel"
+    torch.testing.assert_close(model.scene_embeddings(audio), Embedder(expected).scene_embeddings(audio))
+    assert not torch.allclose(model.scene_embeddings(audio), before, atol=1e-3)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from hear_encoders import AxLSTMConfig, Embedder, PatchConfig, TransformerConfig, build_encoder
-from hear_encoders.embedder import check_audio, resolve_precision
+from hear_encoders.checks import check_audio
+from hear_encoders.execution import resolve_precision
 
 STATISTICS = (-6.0, 3.5)
 KINDS = ["audiomaepp", "axlstm"]
@@ -42,7 +43,7 @@ def test_steps_stand_at_the_centre_of_their_frames_for_other_patch_sizes(noise, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("samples", [1, 5000, 32000, 80001])
 def test_scene_embedding_is_the_mean_over_steps(small_embedder, noise, kind, samples):
-    embedder, audio = small_embedder(kind, max_chunks=2), noise(3, samples)
+    embedder, audio = small_embedder(kind, max_segments=2), noise(3, samples)
     steps, _ = embedder.timestamp_embeddings(audio)
     torch.testing.assert_close(embedder.scene_embeddings(audio), steps.mean(1), rtol=1e-4, atol=1e-5)
 
@@ -50,7 +51,7 @@ def test_scene_embedding_is_the_mean_over_steps(small_embedder, noise, kind, sam
 @pytest.mark.parametrize("framing", ["exact", "reference"])
 @pytest.mark.parametrize("samples", [1, 5000, 32000, 80001])
 def test_a_deviation_over_steps_comes_after_their_mean_if_asked_for(small_embedder, noise, framing, samples):
-    options = {"max_chunks": 2, "framing": framing}
+    options = {"max_segments": 2, "framing": framing}
     embedder, audio = small_embedder("axlstm", pooling="mean_std", **options), 3 * noise(3, samples)
     steps, _ = embedder.timestamp_embeddings(audio)
     scenes = embedder.scene_embeddings(audio)
@@ -157,7 +158,7 @@ def test_another_default_dtype_of_torch_changes_nothing(small_embedder, noise, k
 
 def test_no_padding_enters_the_encoder(small_embedder, noise):
     embedder = small_embedder()
-    lengths = [chunk.frames.shape[0] for chunk in embedder._chunks(noise(1, 70001))]
+    lengths = [segment.frames.shape[0] for segment in embedder._segments(noise(1, 70001))]
     assert lengths == [200, 200, 40]  # 438 frames; the 110th step lacks two
 
 
@@ -248,8 +249,8 @@ def test_auto_precision_is_float32_on_the_cpu():
     [
         ({"framing": "loose"}, "framing must be one of 'exact', 'reference'; got 'loose'"),
         ({"precision": "int8"}, "precision must be one of 'auto', 'float32', 'bfloat16', 'float16'; got 'int8'"),
-        ({"max_chunks": 0}, "max_chunks must be an integer of at least 1, got 0"),
-        ({"max_chunks": 2.5}, "max_chunks must be an integer of at least 1, got 2.5"),
+        ({"max_segments": 0}, "max_segments must be an integer of at least 1, got 0"),
+        ({"max_segments": 2.5}, "max_segments must be an integer of at least 1, got 2.5"),
         ({"pooling": "max"}, "pooling must be one of 'mean', 'mean_std'; got 'max'"),
         ({"compile": "yes"}, "compile must be True or False, got 'yes'"),
         ({"statistics": [1.0]}, r"statistics must be \[mean, standard deviation\], .* got \[1.0\]"),
@@ -311,7 +312,7 @@ def test_ordinary_audio_does_not_warn(noise, recwarn):
 @pytest.mark.parametrize("samples", [*LENGTHS, 64000, 64160, 64240, 128000, 250_001])
 @pytest.mark.parametrize("statistics", [None, STATISTICS])
 def test_a_clip_in_blocks_is_embedded_like_the_whole(small_embedder, noise, kind, samples, statistics):
-    embedder, clip = small_embedder(kind, max_chunks=1, statistics=statistics), noise(1, samples)
+    embedder, clip = small_embedder(kind, max_segments=1, statistics=statistics), noise(1, samples)
     for sizes in (700, 100_000):
         embeddings, length = embedder.embed_blocks(partial(clip[0].split, sizes), per_step=True)
         assert length == samples

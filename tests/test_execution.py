@@ -1,4 +1,4 @@
-"""Threads that encode chunks side by side: same results, one core each, and nothing changed for anybody else."""
+"""Threads that encode segments side by side: same results, one core each, nothing changed for other threads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import threading
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from hear_encoders import Embedder, embedder
-from hear_encoders.embedder import _passes
-from hear_encoders.threads import encode_side_by_side
+from hear_encoders import Embedder, execution
+from hear_encoders.execution import Execution, encode_in_threads
 
 
 @pytest.fixture
@@ -29,21 +27,21 @@ def torch_threads():
 
 @pytest.fixture
 def threads_asked_for(monkeypatch) -> list[tuple[int, int]]:
-    """(chunks, threads) of every forward pass."""
+    """(segments, threads) of every forward pass."""
     asked = []
 
     def counted(encode, frames: Tensor, threads: int) -> Tensor:
         asked.append((len(frames), threads))
-        return encode_side_by_side(encode, frames, threads)
+        return encode_in_threads(encode, frames, threads)
 
-    monkeypatch.setattr(embedder, "encode_side_by_side", counted)
+    monkeypatch.setattr(execution, "encode_in_threads", counted)
     return asked
 
 
 @pytest.mark.parametrize("clips", [1, 2, 3, 7])
 @pytest.mark.parametrize("threads", [2, 3])
 def test_results_are_those_of_one_thread(small_encoder, noise, torch_threads, threads, clips):
-    audio, model = noise(clips, 48_000), Embedder(small_encoder)  # a full chunk and half a chunk of each clip
+    audio, model = noise(clips, 48_000), Embedder(small_encoder)  # a full segment and half a segment per clip
     expected, times = model.timestamp_embeddings(audio)
     torch_threads(threads)
     embeddings, same_times = model.timestamp_embeddings(audio)
@@ -51,18 +49,18 @@ def test_results_are_those_of_one_thread(small_encoder, noise, torch_threads, th
     assert torch.equal(times, same_times)
 
 
-def test_every_thread_gets_as_many_chunks_and_what_is_left_over_goes_through_by_itself(
+def test_every_thread_gets_equally_many_segments_and_the_remainder_is_encoded_by_itself(
     small_embedder, noise, torch_threads, threads_asked_for
 ):
     torch_threads(2)
-    small_embedder(max_chunks=5).scene_embeddings(noise(11, 32_000))
+    small_embedder(max_segments=5).scene_embeddings(noise(11, 32_000))
     assert threads_asked_for == [(4, 2), (4, 2), (2, 2), (1, 1)]
 
 
-def test_fewer_chunks_than_threads_are_not_taken_apart(small_embedder, noise, torch_threads, threads_asked_for):
+def test_fewer_segments_than_threads_are_not_split(small_embedder, noise, torch_threads, threads_asked_for):
     torch_threads(4)
     small_embedder().scene_embeddings(noise(3, 32_000))
-    small_embedder(max_chunks=2).scene_embeddings(noise(4, 32_000))  # nor more of them taken at once than allowed
+    small_embedder(max_segments=2).scene_embeddings(noise(4, 32_000))  # nor are more encoded at once than max_segments
     assert threads_asked_for == [(3, 1), (2, 1), (2, 1)]
 
 
@@ -72,68 +70,34 @@ def test_half_precision_and_compiled_encoders_stay_in_the_calling_thread(
 ):
     torch_threads(2)
     model = small_embedder(**options)
-    model._compiled = (model.encoder, model.encoder)  # what is compiled is no matter here
+    model.execution._compiled = (model.encoder, model.encoder)  # the plain encoder stands in for the compiled one
     model.scene_embeddings(noise(4, 32_000))
     assert threads_asked_for == [(4, 1)]
 
 
 @pytest.mark.parametrize("kind", ["audiomaepp", "axlstm"])
-def test_hooks_are_called_in_the_calling_thread(small_embedder, noise, torch_threads, kind):
-    torch_threads(2)
-    model, seen = small_embedder(kind), []
-    model.encoder.blocks[1].register_forward_hook(lambda *_: seen.append(threading.current_thread()))
-    model.scene_embeddings(noise(4, 32_000))
-    assert seen == [threading.current_thread()]
-
-
-@pytest.mark.parametrize("kind", ["audiomaepp", "axlstm"])
-def test_hooks_on_all_modules_are_called_in_the_calling_thread(small_embedder, noise, torch_threads, kind):
-    torch_threads(2)
-    model, seen = small_embedder(kind), set()
-    handle = register_module_forward_hook(lambda *_: seen.add(threading.current_thread()))
-    try:
-        model.scene_embeddings(noise(4, 32_000))
-    finally:
-        handle.remove()
-    assert seen == {threading.current_thread()}
-
-
-@pytest.mark.parametrize("kind", ["audiomaepp", "axlstm"])
-def test_a_counter_of_flops_sees_all(small_embedder, noise, torch_threads, kind):
+def test_a_flop_counter_sees_a_single_thread_completely(small_embedder, noise, torch_threads, kind):
+    torch_threads(1)
     model, counted = small_embedder(kind), []
-    for threads in (1, 2):
-        torch_threads(threads)
+    model.scene_embeddings(noise(2, 32_000))  # folds an AxLSTM's weights, with matmuls of its own
+    for clips in (2, 4):
         with FlopCounterMode(display=False) as counter:
-            model.scene_embeddings(noise(4, 32_000))
+            model.scene_embeddings(noise(clips, 32_000))
         counted.append(counter.get_total_flops())
-    assert counted[0] == counted[1] > 1e6
+    assert counted[1] == 2 * counted[0] > 1e6
 
 
-def test_modules_of_other_packages_stay_in_the_calling_thread(small_embedder, noise, torch_threads, threads_asked_for):
-    class Remembering(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            self.last = x
-            return x
-
-    torch_threads(2)
-    model = small_embedder()
-    model.encoder.blocks[0].mlp.activation = Remembering()
-    model.scene_embeddings(noise(4, 32_000))
-    assert threads_asked_for == [(4, 1)]
-    assert len(model.encoder.blocks[0].mlp.activation.last) == 4
-
-
-def test_threads_have_one_core_each_and_those_of_others_what_they_had(torch_threads):
+def test_threads_use_one_core_each_and_other_threads_keep_their_number(torch_threads):
     torch_threads(3)
     here, together, seen = threading.current_thread(), threading.Barrier(3), []
 
     def encode(part: Tensor) -> Tensor:
-        together.wait(30)  # none is done before all have begun
+        together.wait(30)  # none ends before all have begun
         seen.append((len(part), threading.current_thread() is here, torch.get_num_threads(), torch.is_grad_enabled()))
         return part + 1
 
     rows = torch.arange(6.0)
-    assert torch.equal(encode_side_by_side(encode, rows, 3), rows + 1)
+    assert torch.equal(encode_in_threads(encode, rows, 3), rows + 1)
     assert seen == 3 * [(2, False, 1, False)]
     assert torch.get_num_threads() == 3
     begun_with = []
@@ -143,7 +107,7 @@ def test_threads_have_one_core_each_and_those_of_others_what_they_had(torch_thre
     assert begun_with == [3]
 
 
-def test_another_number_of_threads_is_followed(torch_threads):
+def test_a_changed_number_of_threads_takes_effect(torch_threads):
     for threads in (2, 4, 2):
         torch_threads(threads)
         together = threading.Barrier(threads)
@@ -152,15 +116,15 @@ def test_another_number_of_threads_is_followed(torch_threads):
             together.wait(30)
             return part
 
-        assert len(encode_side_by_side(encode, torch.zeros(8), threads)) == 8
+        assert len(encode_in_threads(encode, torch.zeros(8), threads)) == 8
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_inference_mode_goes_along(torch_threads, inference):
+def test_inference_mode_reaches_the_threads(torch_threads, inference):
     torch_threads(2)
     seen = []
     with torch.inference_mode(inference):
-        encode_side_by_side(lambda part: (seen.append(torch.is_inference_mode_enabled()), part)[1], torch.zeros(2), 2)
+        encode_in_threads(lambda part: (seen.append(torch.is_inference_mode_enabled()), part)[1], torch.zeros(2), 2)
     assert seen == [inference, inference]
 
 
@@ -173,11 +137,11 @@ def test_an_error_in_a_thread_is_raised_and_the_next_call_works(torch_threads):
         return part
 
     with pytest.raises(ValueError, match="in the last part"):
-        encode_side_by_side(encode, torch.arange(4.0), 2)
-    assert len(encode_side_by_side(encode, torch.zeros(4), 2)) == 4
+        encode_in_threads(encode, torch.arange(4.0), 2)
+    assert len(encode_in_threads(encode, torch.zeros(4), 2)) == 4
 
 
-def test_where_no_thread_can_be_started_the_caller_does_it_and_none_is_left_waiting(torch_threads, monkeypatch):
+def test_if_threads_cannot_be_started_the_caller_encodes_and_no_thread_is_left_waiting(torch_threads, monkeypatch):
     torch_threads(5)
     before, start, started = threading.active_count(), threading.Thread.start, []
 
@@ -189,7 +153,7 @@ def test_where_no_thread_can_be_started_the_caller_does_it_and_none_is_left_wait
 
     monkeypatch.setattr(threading.Thread, "start", start_some)
     parts = []
-    assert len(encode_side_by_side(lambda part: parts.append(len(part)) or part, torch.zeros(5), 5)) == 5
+    assert len(encode_in_threads(lambda part: parts.append(len(part)) or part, torch.zeros(5), 5)) == 5
     assert parts == [5]
     for thread in started:
         thread.join(30)
@@ -200,7 +164,7 @@ def test_where_no_thread_can_be_started_the_caller_does_it_and_none_is_left_wait
 AFTER_THE_END = """
 import atexit, sys, threading, time
 import torch
-from hear_encoders.threads import encode_side_by_side
+from hear_encoders.execution import encode_in_threads
 
 torch.set_num_threads(2)
 
@@ -208,31 +172,31 @@ def encode(part):
     return part + 1
 
 def embed():
-    time.sleep(0.5)  # meanwhile the main thread ends
-    print(encode_side_by_side(encode, torch.zeros(4), 2).tolist())
+    time.sleep(0.5)  # the main thread ends meanwhile
+    print(encode_in_threads(encode, torch.zeros(4), 2).tolist())
 
 if sys.argv[2] == "warm":
-    encode_side_by_side(encode, torch.zeros(4), 2)
+    encode_in_threads(encode, torch.zeros(4), 2)
 atexit.register(embed) if sys.argv[1] == "atexit" else threading.Thread(target=embed).start()
 """
 
 
 @pytest.mark.parametrize("state", ["warm", "cold"])
 @pytest.mark.parametrize("where", ["atexit", "thread"])
-def test_what_embeds_after_the_main_thread_has_ended_goes_on(where, state):
+def test_embedding_works_after_the_main_thread_has_ended(where, state):
     program = [sys.executable, "-c", AFTER_THE_END, where, state]
     result = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert (result.stdout, result.stderr) == ("[1.0, 1.0, 1.0, 1.0]\n", "")
 
 
-def test_another_count_of_the_callers_own_stays_its_own(torch_threads):
+def test_a_callers_own_number_of_threads_stays(torch_threads):
     torch_threads(4)
     own, others = [], []
 
     def call() -> None:
         torch.get_num_threads()
         barrier = threading.Barrier(2)
-        encode_side_by_side(lambda part: (barrier.wait(30), part)[1], torch.zeros(2), 2)
+        encode_in_threads(lambda part: (barrier.wait(30), part)[1], torch.zeros(2), 2)
         own.append(torch.get_num_threads())
 
     for target in (call, lambda: others.append(torch.get_num_threads())):
@@ -243,14 +207,14 @@ def test_another_count_of_the_callers_own_stays_its_own(torch_threads):
 
 
 def _in_a_fork(results: multiprocessing.SimpleQueue) -> None:
-    results.put(encode_side_by_side(lambda part: part + 1, torch.zeros(2), 2).tolist())
+    results.put(encode_in_threads(lambda part: part + 1, torch.zeros(2), 2).tolist())
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own(torch_threads):
     torch_threads(2)
-    encode_side_by_side(lambda part: part, torch.zeros(2), 2)  # starts those of this process
+    encode_in_threads(lambda part: part, torch.zeros(2), 2)  # starts those of this process
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     process = context.Process(target=_in_a_fork, args=(results,), daemon=True)
@@ -263,9 +227,10 @@ def test_a_forked_process_has_threads_of_its_own(torch_threads):
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 9, 30])
 @pytest.mark.parametrize("most", [1, 2, 3, 8])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-def test_passes_keep_the_order_and_the_limit(count, most, threads):
-    passes = list(_passes(list(range(count)), most, threads))
-    assert list(itertools.chain(*passes)) == list(range(count))
-    assert all(1 <= len(indices) <= most for indices in passes)
-    if most >= threads:  # all that can go side by side does
-        assert sum(len(indices) for indices in passes if len(indices) % threads) == count % threads
+def test_batches_keep_the_order_and_the_limit(monkeypatch, count, most, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    batches = list(Execution("auto", most, compile=False).batches(list(range(count)), torch.device("cpu")))
+    assert list(itertools.chain(*batches)) == list(range(count))
+    assert all(1 <= len(indices) <= most for indices in batches)
+    if most >= threads:  # every segment that can run side by side does
+        assert sum(len(indices) for indices in batches if len(indices) % threads) == count % threads

@@ -13,8 +13,8 @@ from conftest import GOLDEN
 import hear_audiomaepp
 import hear_axlstm
 from hear_encoders import PatchConfig, load_checkpoint
-from hear_encoders import released as reference
 from hear_encoders.cli.weights import main as weights_main
+from hear_encoders.framing import ReferenceFraming
 from hear_encoders.released import import_checkpoint
 
 CHECKPOINTS = ["audiomaepp", "audiomaepp_rope", "mae", "axlstm_e2_flip", "axlstm_e3_flip", "axlstm_e3_noflip", "ssast"]
@@ -56,7 +56,7 @@ def test_encoder_alone_equals_the_released_code(imported):
     encoder = load_checkpoint(directory / "model.safetensors")
     with torch.no_grad():
         tokens = encoder(tensors["io/spectrogram"][:, 0])
-    assert_equal(reference.regroup_tokens(tokens, encoder.config.patches), tensors["io/features"])
+    assert_equal(ReferenceFraming(encoder.config.patches).group(tokens), tensors["io/features"])
 
 
 def test_architecture_is_told_from_the_tensors(imported):
@@ -83,17 +83,16 @@ def test_default_options_on_an_imported_directory_use_exact_framing(imported):
 
 
 def test_regrouping_takes_five_times_of_one_row():
-    grid = PatchConfig()
     tokens = torch.arange(250.0)[None, :, None]  # token number as its only channel
-    regrouped = reference.regroup_tokens(tokens, grid)
+    regrouped = ReferenceFraming(PatchConfig()).group(tokens)
     assert regrouped.shape == (1, 50, 5)
     assert regrouped[0, 7].tolist() == [7, 57, 107, 157, 207]
 
 
 def test_padding_is_a_full_chunk_where_none_is_needed():
-    grid = PatchConfig()
-    assert [reference.pad_count(frames, grid) for frames in (1, 199, 200, 201, 400)] == [199, 1, 200, 199, 200]
-    assert reference.step_count(199 * 160, grid) == 50  # 200 frames: the extra chunk is dropped again
+    framing = ReferenceFraming(PatchConfig())
+    assert [framing.pad_count(frames) for frames in (1, 199, 200, 201, 400)] == [199, 1, 200, 199, 200]
+    assert framing.step_count(199 * 160) == 50  # 200 frames: the extra chunk is dropped again
 
 
 def test_heads_are_needed_for_attention_and_checked_where_they_can_be():

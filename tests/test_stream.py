@@ -208,8 +208,8 @@ def test_running_statistics_equal_a_plain_computation(model, noise, warm_up_s, s
         column = (logmel[4 * step : 4 * step + 4].double() - so_far.mean()) / (so_far.std() + 1e-8)
         normalized.append(column.float())
     with torch.no_grad():
-        chunks = [model.encoder(chunk[None])[0] for chunk in torch.cat(normalized).split(200)]
-    expected = torch.cat(chunks).unflatten(0, (-1, 5)).flatten(1)
+        segments = [model.encoder(segment[None])[0] for segment in torch.cat(normalized).split(200)]
+    expected = torch.cat(segments).unflatten(0, (-1, 5)).flatten(1)
     for blocks in ([640], [samples], [1, 700, 3333]):
         stream = hear_axlstm.stream(model_with(None), warm_up_s=warm_up_s)
         embeddings, timestamps = run(stream, audio, blocks)
@@ -301,8 +301,8 @@ def test_bad_samples_are_refused_and_leave_the_stream_as_it_was(model, noise, sa
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("axlstm_flip", {}, "flip cannot be streamed: every second block reads its 2 s chunk from the end"),
-        ("audiomaepp", {}, "'audiomaepp' cannot be streamed: its attention looks at all of a 2 s chunk"),
+        ("axlstm_flip", {}, "flip cannot be streamed: every second block reads its 2 s segment from the end"),
+        ("audiomaepp", {}, "'audiomaepp' cannot be streamed: its attention looks at all of a 2 s segment"),
         ("ssast", {}, "'ssast' cannot be streamed"),
         ("axlstm", {"framing": "reference"}, "only exact framing can be streamed, got 'reference'"),
     ],

@@ -1,0 +1,100 @@
+"""Is this audio? Are these statistics? Errors that say what was given and what was expected."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+PEAK_WORTH_A_WARNING = 10.0  # samples are meant to lie in [-1, 1]
+LARGEST_PEAK = 1e15  # beyond it the float32 power spectrum overflows
+
+# A batch of more clips than this, none longer than a recording has channels, is a recording with its axes swapped.
+MOST_TINY_CLIPS, MOST_CHANNELS = 1000, 8
+
+
+def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
+    """Return `audio` as a float32 batch (B, samples), or say clearly what is wrong with it.
+
+    Args:
+        audio: (B, samples) or (samples,) floating point.
+        name: what to call it in messages, such as a file's path.
+
+    Warns:
+        UserWarning: samples far outside [-1, 1], such as 16-bit audio that was not scaled.
+
+    Raises:
+        TypeError: not a tensor, or samples that are not floating point.
+        ValueError: not one or two dimensions, shape (samples, channels), empty, or samples that are not finite.
+    """
+    batch, peak = validate_audio(audio, name)
+    if audio.ndim == 2 and audio.shape[0] > MOST_TINY_CLIPS and audio.shape[1] <= MOST_CHANNELS:
+        raise ValueError(
+            f"{name} has shape {tuple(audio.shape)}: {audio.shape[0]} clips of {audio.shape[1]} samples. If it is"
+            " (samples, channels), as soundfile reads it, average the channels, or read it with load_audio"
+        )
+    warn_if_loud(peak, name, stacklevel=4)
+    return batch
+
+
+def validate_audio(audio: Tensor, name: str) -> tuple[Tensor, float]:
+    """Check audio as `check_audio` does, except for swapped axes; return the batch and its largest magnitude.
+
+    It is for streams, which know their number of rows and may get few samples at a time.
+    """
+    if not isinstance(audio, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor of shape (clips, samples), got {type(audio).__name__}; "
+            "convert NumPy arrays with torch.from_numpy, and embed clips of different lengths one at a time"
+        )
+    if not audio.is_floating_point():
+        raise TypeError(f"{name} must hold floating-point samples in [-1, 1], got {audio.dtype}")
+    if audio.ndim not in (1, 2):
+        raise ValueError(f"{name} must have shape (clips, samples) or (samples,), got {tuple(audio.shape)}")
+    if audio.numel() == 0:
+        raise ValueError(f"{name} is empty: got shape {tuple(audio.shape)}")
+    batch = torch.atleast_2d(audio.detach()).float()
+    lowest, highest = (value.item() for value in batch.aminmax())  # NaN if any sample is
+    peak = max(-lowest, highest)
+    if not (math.isfinite(lowest) and peak <= LARGEST_PEAK):
+        raise ValueError(f"{name} must hold finite samples in [-1, 1], got values from {lowest} to {highest}")
+    return batch, peak
+
+
+def warn_if_loud(peak: float, name: str, stacklevel: int) -> bool:
+    """Warn if samples lie far outside [-1, 1]; return whether they do."""
+    loud = peak > PEAK_WORTH_A_WARNING
+    if loud:
+        warnings.warn(
+            f"{name} peaks at {peak:g}; samples are expected in [-1, 1]. Divide 16-bit integer samples by 32768.",
+            stacklevel=stacklevel,
+        )
+    return loud
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless an option has one of these values."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_statistics(statistics: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard deviation as floats.
+
+    Raises:
+        ValueError: not two finite numbers, or a standard deviation that is not above 0.
+    """
+    if not (
+        isinstance(statistics, (list, tuple))
+        and len(statistics) == 2
+        and all(isinstance(value, Real) and math.isfinite(value) for value in statistics)
+        and statistics[1] > 0
+    ):
+        raise ValueError(
+            f"statistics must be [mean, standard deviation], finite numbers, the latter above 0; got {statistics!r}"
+        )
+    return float(statistics[0]), float(statistics[1])

@@ -1,0 +1,193 @@
+"""Execution: which implementation encodes a batch of segments, in which precision, and in how many threads.
+
+On a CPU in float32, segments run side by side: each thread takes its share through the whole encoder. Otherwise torch
+spreads every operation over all cores, and all of them wait for the slowest hundreds of times in a forward pass, over
+pieces of a millisecond. Segments do not depend on each other, so threads with their own segments meet only once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hear_encoders.nn.axlstm import AxLSTMEncoder
+from hear_encoders.nn.axlstm_folded import FoldedAxLSTM
+from hear_encoders.nn.axlstm_offline import OfflineEncoder
+from hear_encoders.nn.build import Encoder
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+MMAP_THRESHOLD_BYTES = 31 * 2**20  # glibc raises its threshold for blocks of up to 32 MiB
+
+
+class Execution:
+    """How an `Embedder` runs its encoder.
+
+    Args:
+        precision, max_segments, compile: as for `Embedder`.
+    """
+
+    def __init__(self, precision: Precision, max_segments: int, compile: bool) -> None:
+        self.precision, self.max_segments, self.compile = precision, max_segments, compile
+        self._compiled: tuple[Encoder, Callable[[Tensor], Tensor]] | None = None
+        self._folded: FoldedAxLSTM | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_compiled": None, "_folded": None}  # a copy compiles and folds for itself
+
+    def batches(self, indices: list[int], device: torch.device) -> Iterator[list[int]]:
+        """Cut indices of equally long segments into batches of at most `max_segments`.
+
+        All batches but the last are divisible by the number of threads.
+        """
+        threads, most = self._threads(device), self.max_segments
+        even = len(indices) // threads * threads if most >= threads else 0
+        size = most // threads * threads or most
+        for first in range(0, even, size):
+            yield indices[first : min(first + size, even)]
+        for first in range(even, len(indices), most):
+            yield indices[first : first + most]
+
+    def encode(self, encoder: Encoder, frames: Tensor) -> Tensor:
+        """Encode normalized log-mel segments: (B, F, bands) -> (B, N, D), in the dtype the encoder gives."""
+        device = frames.device
+        dtype = resolve_precision(self.precision, device)
+        threads = self._threads(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            # A remainder that the threads cannot share evenly runs with intra-op parallelism.
+            return encode_in_threads(self._select(encoder, dtype), frames, threads if len(frames) % threads == 0 else 1)
+
+    def is_slow(self, device: torch.device) -> bool:
+        """Whether this is half precision on an x86 CPU without AVX-512, which emulates it."""
+        half = resolve_precision(self.precision, device) is not torch.float32
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        return half and device.type == "cpu" and x86 and _cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+
+    def _threads(self, device: torch.device) -> int:
+        """Return the number of threads that take segments of their own."""
+        on_cpu = device.type == "cpu" and resolve_precision(self.precision, device) is torch.float32
+        return torch.get_num_threads() if on_cpu and not self.compile else 1
+
+    def _select(self, encoder: Encoder, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """Select the fastest implementation of the encoder: folded, compiled or plain."""
+        if dtype is torch.float32 and isinstance(encoder, AxLSTMEncoder) and encoder.mode == "chunkwise":
+            if self._folded is None or not self._folded.is_current(encoder):
+                self._folded = FoldedAxLSTM.of(encoder)
+            if self._folded is not None:
+                return OfflineEncoder(encoder, self._folded)
+        return self._compile(encoder) if self.compile else encoder
+
+    def _compile(self, encoder: Encoder) -> Callable[[Tensor], Tensor]:
+        """Compile the encoder once, for any number of full segments; each shorter length would be compiled anew."""
+        if self._compiled is None or self._compiled[0] is not encoder:
+            self._compiled = encoder, torch.compile(encoder)
+        compiled = self._compiled[1]
+
+        def encode(frames: Tensor) -> Tensor:
+            if frames.shape[1] < encoder.config.patches.chunk_frames:
+                return encoder(frames)
+            if frames.shape[0] > 1:  # torch treats a batch of one as a case of its own
+                torch._dynamo.maybe_mark_dynamic(frames, 0)
+            return compiled(frames)
+
+        return encode
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype of the encoder's matmuls for this choice on this device."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):  # the question is about the current device
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def raise_mmap_threshold() -> None:
+    """Make glibc reuse freed memory, so that intermediate results do not come in fresh pages. No effect elsewhere.
+
+    glibc returns a large block to the system when it is freed; the next tensor then gets fresh pages, which the system
+    zeroes one by one. That costs a forward pass up to a third of its time on virtual machines. glibc raises the size
+    it calls large to that of the largest block it has seen freed (mallopt(3), M_MMAP_THRESHOLD), so this allocates and
+    frees one, untouched. From then on the process may keep up to 62 MB of freed memory.
+    """
+    torch.empty(MMAP_THRESHOLD_BYTES, dtype=torch.uint8, device="cpu")
+
+
+def encode_in_threads(encode: Callable[[Tensor], Tensor], frames: Tensor, threads: int) -> Tensor:
+    """Call `encode` on equal parts of a batch, each in its own thread.
+
+    Args:
+        encode: from (B, ...) to (B, ...), row by row. With more than one thread it runs in all of them at once,
+            without gradients and without thread-local settings such as autocast or dispatch modes.
+        frames: (B, ...); on the CPU if there is more than one thread.
+        threads: 1 calls `encode` in this thread. So does any number if no threads can be started, for example
+            while the interpreter shuts down.
+    """
+    if threads == 1:
+        return encode(frames)
+    inference = torch.is_inference_mode_enabled()
+
+    def encode_part(part: Tensor) -> Tensor:
+        with torch.inference_mode(inference), torch.no_grad():
+            return encode(part)
+
+    try:
+        pool = _pool(threads, os.getpid())
+        encoded = [pool.submit(encode_part, part) for part in frames.tensor_split(threads)]
+    except RuntimeError:
+        return encode(frames)
+    return torch.cat([part.result() for part in encoded])
+
+
+_pool_lock = threading.Lock()
+
+
+@lru_cache(maxsize=8)  # a few numbers of threads may be in use at a time
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Start threads in which torch uses one core each. A forked process needs its own: it inherits no threads.
+
+    `torch.set_num_threads` also changes the default for threads that start later. So a helper thread restores that
+    default at once, and the caller's own setting is never touched.
+    """
+    all_started, all_set = (threading.Barrier(threads + 1) for _ in range(2))
+
+    def start() -> None:
+        torch.get_num_threads()  # a thread's first call takes over the default
+        with suppress(threading.BrokenBarrierError):  # not all of the threads could be started
+            all_started.wait()
+            torch.set_num_threads(1)
+            all_set.wait()
+
+    def restore() -> None:
+        default = torch.get_num_threads()
+        with suppress(threading.BrokenBarrierError):
+            all_started.wait()
+            all_set.wait()
+            torch.set_num_threads(default)
+
+    with _pool_lock:
+        restoring = threading.Thread(target=restore)
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="hear_encoders", initializer=start)
+        try:
+            restoring.start()
+            for _ in range(threads):
+                pool.submit(int)  # starts a thread, since the others still wait
+            restoring.join()
+        except BaseException:
+            all_started.abort()  # releases the threads that were started
+            raise
+    return pool
+
+
+def _cpu_capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
