@@ -1,4 +1,4 @@
-"""Packages from the archive: fetched, checked, unpacked, found again; apt and dpkg are stood in for by scripts."""
+"""Debian packages and the corpus made of them. Scripts stand in for apt and dpkg."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import hashlib
 import io
 import os
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 
 from evaluation.open_tasks.sources import read_list
-from training.corpora import archive, debian
+from hear_encoders.files import LOCK_FILE
+from training.corpora import archive, debian, progress
 from training.corpora.shards import ShardIndex
-from training.locks import LOCK_FILE
 
-# `apt-cache show` and `apt-get download` from a folder, and a dpkg-deb whose packages are zip archives.
+# `apt-cache show` and `apt-get download` read a folder; for this dpkg-deb, packages are zip archives.
 APT_CACHE = """#!/bin/sh
 shift 2
 for name in "$@"; do cat "$ARCHIVE/$name.stanza" 2>/dev/null; echo; done
@@ -38,7 +40,7 @@ mkdir "$3" && cd "$3" && python3 -m zipfile -e "$2" .
 
 @pytest.fixture
 def offer(tmp_path, monkeypatch):
-    """Offer a package: offer(name, {path: content})."""
+    """Return offer(name, {path: content}), which adds a package to the stand-in archive."""
     folder = tmp_path / "archive"
     scripts = tmp_path / "bin"
     folder.mkdir()
@@ -82,15 +84,15 @@ def test_packages_are_unpacked_into_the_cache_once(offer, tmp_path):
     assert sorted(line.split()[-1] for line in downloads) == ["bells=1:2.0-1", "gongs=1:2.0-1"]
 
 
-def test_a_download_of_other_content_is_refused_and_not_kept(offer, tmp_path):
+def test_a_corrupt_download_is_refused_and_not_kept(offer, tmp_path):
     deb = offer("bells", {"bell.wav": "ding"})
     deb.write_bytes(deb.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match=r"bells 1:2\.0-1 came as .* expected"):
+    with pytest.raises(ValueError, match=r"bells 1:2\.0-1 has .* expected"):
         archive.fetch(["bells"], tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name != LOCK_FILE]
 
 
-def test_what_a_killed_process_left_is_removed_and_the_rest_fetched(offer, tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(offer, tmp_path):
     offer("bells", {"bell.wav": "ding"})
     leftover = tmp_path / "cache" / ".bells-0000.tmp"
     leftover.mkdir(parents=True)
@@ -101,30 +103,30 @@ def test_what_a_killed_process_left_is_removed_and_the_rest_fetched(offer, tmp_p
 
 def test_an_unknown_package_is_named(offer, tmp_path):
     offer("bells", {})
-    with pytest.raises(ValueError, match="apt knows no package whistles"):
+    with pytest.raises(ValueError, match="apt does not know whistles"):
         archive.fetch(["bells", "whistles"], tmp_path / "cache")
     assert not offer.log.exists()
 
 
 @pytest.mark.parametrize("name", ["../bells", "Bells", "", "-q", "bells=1"])
-def test_only_names_of_packages_are_asked_for(offer, tmp_path, name):
-    with pytest.raises(ValueError, match="not the name of a Debian package"):
+def test_anything_but_a_package_name_is_refused(offer, tmp_path, name):
+    with pytest.raises(ValueError, match="not a Debian package name"):
         archive.fetch([name], tmp_path / "cache")
 
 
-def test_without_apt_the_cache_still_serves(no_apt, tmp_path):
+def test_cached_packages_need_no_apt(no_apt, tmp_path):
     (tmp_path / "bells").mkdir()
     assert archive.fetch(["bells"], tmp_path) == {"bells": tmp_path / "bells"}
 
 
-def test_without_apt_the_error_says_what_is_missing(no_apt, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"apt-cache is not here.*Debian"):
+def test_without_apt_the_error_names_it(no_apt, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"apt-cache not found.*Debian"):
         archive.fetch(["bells"], tmp_path / "cache")
 
 
 def test_a_failing_tool_is_quoted(offer, tmp_path):
     offer("bells", {}).unlink()
-    with pytest.raises(RuntimeError, match=r"apt-get download .* failed with 1: .*bells\.deb"):
+    with pytest.raises(RuntimeError, match=r"apt-get download .* failed with exit code 1: .*bells\.deb"):
         archive.fetch(["bells"], tmp_path / "cache")
 
 
@@ -143,7 +145,7 @@ def test_a_file_is_found_without_the_extension_it_lacks(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["bell.wav", "data.zip.d/bell.wav", "etc/conf.d/bell.wav"])
-def test_a_file_that_is_not_there_is_named(tmp_path, path):
+def test_a_missing_file_is_named(tmp_path, path):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as opened:
         opened.writestr("gong.wav", b"bong")
     with pytest.raises(FileNotFoundError, match=path):
@@ -156,7 +158,7 @@ def test_no_path_leads_out_of_a_package(tmp_path, path):
         archive.locate(tmp_path, path)
 
 
-def test_a_package_may_leave_its_licence_to_another(tmp_path):
+def test_a_licence_may_be_a_link_into_another_package(tmp_path):
     docs = tmp_path / "bells-data" / "usr/share/doc"
     docs.mkdir(parents=True)
     (docs / "bells-data").symlink_to("bells")
@@ -175,7 +177,7 @@ def test_a_package_without_a_licence_is_an_error(tmp_path):
         archive.licence_text("bells", tmp_path)
 
 
-# The list of the corpus.
+# ---- the corpus ----
 
 
 def test_the_corpus_is_56_hours_of_music_speech_and_sounds():
@@ -185,7 +187,7 @@ def test_the_corpus_is_56_hours_of_music_speech_and_sounds():
     assert {kind: round(value, 1) for kind, value in hours.items()} == {"music": 45.5, "speech": 8.4, "sounds": 2.3}
 
 
-def test_nothing_that_a_task_is_tested_on_is_trained_on():
+def test_no_test_clip_of_a_task_is_in_the_corpus():
     corpus = {entry.recording for entry in debian.read_manifest()}
     assert corpus.isdisjoint(entry.recording for entry in debian.read_manifest(roles=["evaluation"]))
     lists = Path(debian.__file__).parents[2] / "evaluation" / "open_tasks" / "lists"
@@ -199,6 +201,7 @@ def test_nothing_that_a_task_is_tested_on_is_trained_on():
 
 
 def noise(seconds: float, rate: int = 16000) -> bytes:
+    """Return a WAV file of white noise."""
     file = io.BytesIO()
     samples = 0.1 * np.random.default_rng(0).standard_normal(round(seconds * rate))
     soundfile.write(file, samples, rate, format="WAV")
@@ -207,7 +210,7 @@ def noise(seconds: float, rate: int = 16000) -> bytes:
 
 @pytest.fixture
 def small_corpus(offer, tmp_path, monkeypatch):
-    """Two packages, and a list that names some of their files."""
+    """Offer two packages and list some of their files; return the folder for the corpus."""
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as opened:
         opened.writestr("sound/beep.wav", noise(1))
@@ -237,7 +240,7 @@ def small_corpus(offer, tmp_path, monkeypatch):
     return tmp_path / "corpus"
 
 
-def test_the_shards_hold_what_the_list_names_and_nothing_else(small_corpus, tmp_path, capsys):
+def test_the_shards_hold_exactly_the_listed_recordings(small_corpus, tmp_path, capsys):
     arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
     assert debian.main(arguments) == debian.FAILED  # one file is not audio
     assert "failed: talk/usr/broken.wav" in capsys.readouterr().err
@@ -257,7 +260,7 @@ def test_the_shards_hold_what_the_list_names_and_nothing_else(small_corpus, tmp_
     assert "| talk | 1:2.0-1 | 0.00 | CC0 |" in licences and "| toys | 1:2.0-1 | 0.01 | GPL-2+ |" in licences
 
 
-def test_building_the_corpus_again_makes_what_is_missing(small_corpus, tmp_path, offer, capsys):
+def test_building_again_makes_only_the_missing_shards(small_corpus, tmp_path, offer, capsys):
     arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
     debian.main(arguments)
     before = (small_corpus / "shards/music/shard-000000.tar").stat().st_mtime_ns
@@ -268,7 +271,7 @@ def test_building_the_corpus_again_makes_what_is_missing(small_corpus, tmp_path,
     assert len(offer.log.read_text().splitlines()) == 2  # nothing was downloaded twice
 
 
-def test_packages_can_be_left_out(small_corpus, tmp_path, capsys):
+def test_packages_can_be_skipped(small_corpus, tmp_path, capsys):
     arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1", "--skip"]
     assert debian.main([*arguments, "talk"]) == 0
     assert not (small_corpus / "shards/speech").exists() and not (tmp_path / "cache/talk").exists()
@@ -276,28 +279,28 @@ def test_packages_can_be_left_out(small_corpus, tmp_path, capsys):
     assert "not in the corpus: tolk" in capsys.readouterr().err
 
 
-def test_packages_that_are_there_cannot_be_left_out(small_corpus, tmp_path, capsys):
+def test_packages_in_the_corpus_cannot_be_skipped(small_corpus, tmp_path, capsys):
     arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
     debian.main(arguments)
     licences = (small_corpus / "LICENCES.md").read_text()
     assert debian.main([*arguments, "--skip", "talk"]) == debian.BAD_USAGE
-    assert "holds talk already" in capsys.readouterr().err
+    assert "already holds talk" in capsys.readouterr().err
     assert (small_corpus / "LICENCES.md").read_text() == licences
 
 
-def test_packages_that_were_left_out_cannot_be_added(small_corpus, tmp_path, monkeypatch, offer, capsys):
+def test_skipped_packages_cannot_be_added(small_corpus, tmp_path, monkeypatch, offer, capsys):
     monkeypatch.setattr(debian, "HELD_OUT", ("talk", "toys"))  # in one part
     arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
     assert debian.main([*arguments, "--skip", "talk"]) == 0
     before = (small_corpus / "LICENCES.md").read_text()
     assert debian.main(arguments) == debian.BAD_USAGE
-    assert "was begun without talk: give --skip again" in capsys.readouterr().err
+    assert "was begun without talk: repeat --skip" in capsys.readouterr().err
     assert (small_corpus / "LICENCES.md").read_text() == before
-    assert debian.main([*arguments, "--skip", "talk"]) == 0  # nothing was spoilt
+    assert debian.main([*arguments, "--skip", "talk"]) == 0  # nothing was damaged
     assert not (tmp_path / "cache/talk").exists()
 
 
-def test_a_disk_that_fails_for_a_moment_leaves_nothing_out(small_corpus, tmp_path, monkeypatch, capsys):
+def test_after_a_disk_error_no_recording_is_missing(small_corpus, tmp_path, monkeypatch, capsys):
     arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
     with monkeypatch.context() as failing:
 
@@ -312,19 +315,40 @@ def test_a_disk_that_fails_for_a_moment_leaves_nothing_out(small_corpus, tmp_pat
     assert len(ShardIndex.open(small_corpus / "shards/speech")) == 1
 
 
-def test_an_interruption_ends_building_the_corpus(small_corpus, tmp_path, monkeypatch):
+def test_an_interruption_ends_the_build(small_corpus, tmp_path, monkeypatch):
     parts = []
     monkeypatch.setattr(debian.prepare, "main", lambda arguments: parts.append(arguments[0]) or debian.INTERRUPTED)
     outcome = debian.main([str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"])
     assert outcome == debian.INTERRUPTED and len(parts) == 1
 
 
-def test_without_apt_building_the_corpus_says_so(small_corpus, tmp_path, no_apt, capsys):
+def test_sigterm_ends_the_build_and_its_child_processes(small_corpus, tmp_path, capsys):
+    pid_file = tmp_path / "pid"
+    script = f"#!/bin/sh\necho $$ > {pid_file}\nkill -TERM $PPID\nexec sleep 60\n"
+    (tmp_path / "bin/dpkg-deb").write_text(script)
+    arguments = [str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
+    start_s = time.monotonic()
+    assert debian.main(arguments) == debian.INTERRUPTED
+    assert time.monotonic() - start_s < 30
+    assert not psutil.pid_exists(int(pid_file.read_text()))
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_progress_is_printed_line_by_line_to_a_file(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
+    with progress.progress(4, "shard", "shards", done=1) as advance:
+        advance()
+        advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" [")[0] for line in lines] == ["shards:  50% 2/4", "shards: 100% 4/4"]
+
+
+def test_without_apt_the_build_says_so(small_corpus, tmp_path, no_apt, capsys):
     assert debian.main([str(small_corpus), "--cache", str(tmp_path / "cache")]) == debian.BAD_USAGE
-    assert "fetched with apt" in capsys.readouterr().err
+    assert "fetching them takes apt" in capsys.readouterr().err
 
 
-def test_held_out_packages_get_shards_of_their_own(small_corpus, tmp_path, monkeypatch):
+def test_held_out_packages_get_their_own_shards(small_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(debian, "HELD_OUT", ("toys",))
     debian.main([str(small_corpus), "--cache", str(tmp_path / "cache"), "--jobs", "1"])
     index = ShardIndex.open(small_corpus / "shards/held_out")
@@ -332,7 +356,7 @@ def test_held_out_packages_get_shards_of_their_own(small_corpus, tmp_path, monke
     assert not (small_corpus / "shards/music").exists() and not (small_corpus / "shards/sounds").exists()
 
 
-def test_every_held_out_package_is_in_the_corpus_and_there_is_some_of_every_kind():
+def test_held_out_packages_are_in_the_corpus_and_cover_all_kinds():
     held_out = [entry for entry in debian.read_manifest() if entry.part == "held_out"]
     assert {entry.package for entry in held_out} == set(debian.HELD_OUT)
     assert {entry.kind for entry in held_out} == set(debian.KINDS)

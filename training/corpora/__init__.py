@@ -1,6 +1,12 @@
-"""Openly licensed audio to pretrain on, for who has none.
+"""Prepare audio for pretraining: folders of audio files, or a free corpus from Debian packages, to shards of log-mel.
 
-archive       Debian's packages: fetched, checked, unpacked, nothing installed
-recordings    what is inside them, as samples
-debian        the command: 56 hours of music, speech and sounds as shards (its list is debian.csv.gz)
+prepare       the command: audio files -> shards
+plan          which excerpts of which files go into which shard
+shards        the shards' format; reading records in any order
+workers       worker processes, and how Ctrl-C and SIGTERM end them
+progress      a progress bar, or lines in a log file
+
+debian        the command: 56 hours of music, speech and sounds as shards (debian.csv.gz lists them)
+archive       Debian packages: fetched, checked, unpacked, not installed
+recordings    recordings in these packages as samples
 """

@@ -1,48 +1,48 @@
-"""Debian's packages as folders of files: fetched, checked and unpacked into a cache, with nothing installed.
+"""Files from Debian packages: fetched, checked and unpacked into a cache, without installing anything.
 
-Everything in Debian's `main` is under a free licence, and its archive stays where it is for years: a good place to
-take recordings from. apt says what a package's size and hash are and downloads it, dpkg-deb unpacks it; so this
-runs where these are, on Debian and what descends from it, without root. What is in the cache already is not asked
-for again, also not where apt is missing:
+Everything in Debian's `main` has a free licence, and its archive keeps packages for years, so it is a good source of
+recordings. apt knows each package's size and hash and downloads it; dpkg-deb unpacks it. Both are there on Debian and
+its derivatives, and neither needs root. Packages that are in the cache need no apt:
 
     CACHE/PACKAGE/        the package's files, as they would lie below /
     CACHE/PACKAGE.json    its version, size and hash
 
-Lists of files write a member of a zip archive as a file in a folder: `usr/share/sounds.zip.d/bell.wav` is `bell.wav`
-in `usr/share/sounds.zip`, whatever the archive's own extension; and they give files without an extension the one of
-their format. `locate` takes such paths.
+Lists of recordings write a member of a zip archive as a file in a folder: `usr/share/sounds.zip.d/bell.wav` is
+`bell.wav` in `usr/share/sounds.zip`, whatever the archive's extension. To a file without an extension they add that of
+its format. `locate` understands such paths.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 import secrets
 import shutil
 import subprocess
+import threading
 import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from hear_encoders.checkpoint import sha256
-from hear_encoders.files import atomic_write, write_json
-from training.locks import locked
+from hear_encoders.files import atomic_write, locked, read_json, write_json
+from training.corpora.progress import progress
 
-# What may stand in a package's name (Debian policy 5.6.1): no path can be made of it.
+# A package's name (Debian policy 5.6.1). It is never a path or an option.
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 
-# Packages asked for in one call of apt-cache.
-_AT_ONCE = 200
+# Packages per call of apt-cache.
+_BATCH = 200
+
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package as the archive's index has it."""
+    """A package's entry in the archive's index."""
 
     name: str
     version: str
@@ -51,22 +51,22 @@ class Package:
 
 
 def default_cache() -> Path:
-    """Where fetched packages go if nothing else is said."""
+    """Return the default cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hear-audiomaepp" / "debian"
 
 
 def describe(packages: Iterable[str]) -> dict[str, Package]:
-    """Ask apt which version of each package it would take.
+    """Ask apt for the packages' index entries, each of the version it would download.
 
     Raises:
-        ValueError: a name that is none, or packages that the archive does not have.
-        FileNotFoundError: there is no apt here.
+        ValueError: not a package's name, or unknown packages.
+        FileNotFoundError: apt is not installed.
     """
     names = _check_names(packages)
     found: dict[str, Package] = {}
-    for first in range(0, len(names), _AT_ONCE):
-        # It ends with an error for a single unknown package, although it shows the others.
-        shown = _run(["apt-cache", "show", "--no-all-versions", *names[first : first + _AT_ONCE]], check=False)
+    for first in range(0, len(names), _BATCH):
+        # check=False: one unknown package makes it fail, although it shows the others.
+        shown = _run(["apt-cache", "show", "--no-all-versions", *names[first : first + _BATCH]], check=False)
         for stanza in shown.split("\n\n"):
             fields = dict(re.findall(r"^([A-Za-z0-9-]+): (.*)$", stanza, re.MULTILINE))
             if {"Package", "Version", "Size", "SHA256"} <= fields.keys():
@@ -74,14 +74,14 @@ def describe(packages: Iterable[str]) -> dict[str, Package]:
                 found.setdefault(package.name, package)
     if missing := [name for name in names if name not in found]:
         raise ValueError(
-            f"apt knows no package {', '.join(missing)}: its lists may be missing (`apt-get update` gets them), "
-            "or the package is not in this release of Debian"
+            f"apt does not know {', '.join(missing)}: run `apt-get update` if its lists are missing; "
+            "or this Debian release has no such package"
         )
     return {name: found[name] for name in names}
 
 
 def dependencies(package: str) -> list[str]:
-    """Names of the packages that a package needs, all the way down, alternatives included; without itself."""
+    """Return the names of a package's direct and indirect dependencies, including alternatives."""
     (name,) = _check_names([package])
     without = [f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")]
     shown = _run(["apt-cache", "depends", "--recurse", *without, name])
@@ -89,20 +89,20 @@ def dependencies(package: str) -> list[str]:
 
 
 def fetch(packages: Iterable[str], cache: str | os.PathLike[str], jobs: int = 4) -> dict[str, Path]:
-    """Download and unpack packages that are not in the cache yet.
+    """Download and unpack the packages that are not in the cache yet.
 
     Args:
         packages: names.
-        cache: where they go; made if needed. Several processes may use it: one fetches, the others wait for it.
-        jobs: how many are downloaded at a time.
+        cache: folder, created if needed. Several processes may use it: one fetches, the others wait.
+        jobs: simultaneous downloads.
 
     Returns:
-        The folder of each package, in the order given.
+        Each package's folder, in the given order.
 
     Raises:
-        ValueError: an unknown package, or a download that is not what the archive's index says.
-        RuntimeError: apt or dpkg failed, with what it said.
-        FileNotFoundError: there is no apt here, and not everything is in the cache.
+        ValueError: an unknown package, or a download that does not match the archive's index.
+        RuntimeError: apt or dpkg failed; the message quotes it.
+        FileNotFoundError: a package is not in the cache, and apt is not installed.
     """
     cache = Path(cache)
     names = _check_names(packages)
@@ -110,49 +110,49 @@ def fetch(packages: Iterable[str], cache: str | os.PathLike[str], jobs: int = 4)
     if all(folder.is_dir() for folder in folders.values()):
         return folders
     cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache, wait=True):
-        for leftover in cache.glob(".*.tmp"):  # of a process that was killed: this one holds the lock
+    with locked(cache, wait_s=math.inf):
+        for leftover in cache.glob(".*.tmp"):  # left by a killed process: nobody else holds the lock
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         todo = describe(name for name, folder in folders.items() if not folder.is_dir())
         total = sum(package.size for package in todo.values())
-        with (
-            tqdm(total=total, unit="B", unit_scale=True, desc="packages", disable=None) as bar,
-            ThreadPoolExecutor(jobs) as pool,
-        ):
-            futures = {pool.submit(_fetch_one, package, cache): package for package in todo.values()}
+        stop = threading.Event()
+        with progress(total, "B", "packages", scale=True) as advance, ThreadPoolExecutor(jobs) as pool:
             try:
+                futures = {pool.submit(_fetch_one, package, cache, stop): package for package in todo.values()}
                 for future in as_completed(futures):
                     future.result()
-                    bar.update(futures[future].size)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
+                    advance(futures[future].size)
+            except KeyboardInterrupt:
+                stop.set()
                 raise
+            finally:
+                pool.shutdown(cancel_futures=True)
     return folders
 
 
 def version(package: str, cache: str | os.PathLike[str]) -> str:
-    """The version of a package that is in the cache."""
-    return json.loads((Path(cache) / f"{package}.json").read_text())["version"]
+    """Return the version of a package in the cache."""
+    return read_json(Path(cache) / f"{package}.json")["version"]
 
 
 def locate(folder: str | os.PathLike[str], path: str) -> Path:
-    """Find a file of an unpacked package; a member of a zip archive is unpacked beside the archive first.
+    """Find a file of an unpacked package. A member of a zip archive is unpacked beside the archive first.
 
     Args:
         folder: the package's, from `fetch`.
-        path: below it, `ARCHIVE.d/MEMBER` for a member of ARCHIVE; the extension may be one that the file lacks.
+        path: relative to the folder; `ARCHIVE.d/MEMBER` for a member of ARCHIVE. The file may lack the extension.
 
     Raises:
-        FileNotFoundError: the package has no such file, or the archive no such member.
+        FileNotFoundError: no such file in the package, or no such member in the archive.
         ValueError: the path leads out of the folder.
     """
     folder = Path(folder)
     full = folder / path
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise ValueError(f"not a path inside a package: {path}")
-    for there in (full, full.with_suffix("")):
-        if there.is_file():
-            return there
+    for candidate in (full, full.with_suffix("")):
+        if candidate.is_file():
+            return candidate
     for parent in full.parents:
         if parent == folder:
             break
@@ -167,14 +167,14 @@ def locate(folder: str | os.PathLike[str], path: str) -> Path:
             with atomic_write(full) as file:
                 file.write(data)
             return full
-    raise FileNotFoundError(f"package {folder.name} holds no {path}")
+    raise FileNotFoundError(f"package {folder.name} has no file {path}")
 
 
 def licence_text(package: str, cache: str | os.PathLike[str]) -> str:
-    """The copyright file that every package has; a package may leave it to another one of the same source.
+    """Return the text of a package's copyright file, which may be a link into another package of the same source.
 
     Raises:
-        FileNotFoundError: it has none.
+        FileNotFoundError: the package has none.
     """
     folder = fetch([package], cache)[package]
     own = folder / "usr/share/doc" / package
@@ -185,26 +185,26 @@ def licence_text(package: str, cache: str | os.PathLike[str]) -> str:
             if other not in ("", "..", package):
                 return licence_text(other, cache)
     if not (own / "copyright").is_file():
-        raise FileNotFoundError(f"package {package} holds no usr/share/doc/{package}/copyright")
+        raise FileNotFoundError(f"package {package} has no file usr/share/doc/{package}/copyright")
     return (own / "copyright").read_text(encoding="utf-8", errors="replace")
 
 
 def licence_names(text: str) -> list[str]:
-    """Names of the licences in a copyright file, each once in their order; none where it is not in the fixed form."""
+    """Return the licences' names in a machine-readable copyright file, without repetitions; none in a free-form one."""
     return list(dict.fromkeys(name.strip() for name in re.findall(r"^License:[ \t]*(\S.*)$", text, re.MULTILINE)))
 
 
-def _fetch_one(package: Package, cache: Path) -> None:
+def _fetch_one(package: Package, cache: Path, stop: threading.Event) -> None:
     work = cache / f".{package.name}-{secrets.token_hex(4)}.tmp"
     work.mkdir()
     try:
         options = ["-q", "-o", "Acquire::Retries=3"]
-        _run(["apt-get", "download", *options, f"{package.name}={package.version}"], cwd=work)
+        _run(["apt-get", "download", *options, f"{package.name}={package.version}"], cwd=work, stop=stop)
         debs = list(work.glob("*.deb"))
         if len(debs) != 1:
-            raise RuntimeError(f"apt-get download {package.name} left {len(debs)} packages, expected 1")
+            raise RuntimeError(f"apt-get download {package.name} wrote {len(debs)} packages, expected 1")
         check_download(debs[0], package)
-        _run(["dpkg-deb", "--extract", str(debs[0]), str(work / "files")])
+        _run(["dpkg-deb", "--extract", str(debs[0]), str(work / "files")], stop=stop)
         write_json(cache / f"{package.name}.json", asdict(package))
         os.replace(work / "files", cache / package.name)
     finally:
@@ -212,15 +212,15 @@ def _fetch_one(package: Package, cache: Path) -> None:
 
 
 def check_download(path: Path, package: Package) -> None:
-    """Compare a downloaded package with the archive's index.
+    """Check a downloaded package's size and hash against the archive's index.
 
     Raises:
-        ValueError: another size or hash.
+        ValueError: they differ.
     """
     got = (path.stat().st_size, sha256(path))
     if got != (package.size, package.sha256):
         raise ValueError(
-            f"package {package.name} {package.version} came as {got[0]} bytes, SHA256 {got[1]}; "
+            f"package {package.name} {package.version} has {got[0]} bytes, SHA256 {got[1]}; "
             f"expected {package.size} bytes, SHA256 {package.sha256}"
         )
 
@@ -228,20 +228,44 @@ def check_download(path: Path, package: Package) -> None:
 def _check_names(packages: Iterable[str]) -> list[str]:
     names = list(dict.fromkeys(packages))
     if wrong := [name for name in names if not _NAME.fullmatch(name)]:
-        raise ValueError(f"not the name of a Debian package: {', '.join(map(repr, wrong))}")
+        raise ValueError(f"not a Debian package name: {', '.join(map(repr, wrong))}")
     return names
 
 
-def _run(command: Sequence[str], cwd: Path | None = None, check: bool = True) -> str:
-    # In plain English, as it is parsed and shown.
-    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+def _run(
+    command: Sequence[str], cwd: Path | None = None, check: bool = True, stop: threading.Event | None = None
+) -> str:
+    """Run a command and return its output.
+
+    Args:
+        command: with arguments.
+        cwd: working directory.
+        check: raise RuntimeError if the command fails.
+        stop: another thread sets it to end the command.
+    """
+    environment = {**os.environ, "LC_ALL": "C.UTF-8"}  # the output is parsed, and quoted in errors
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, errors="replace")
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, errors="replace"
+        )
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{command[0]} is not here: these recordings come from Debian's packages, which are fetched with apt "
-            "and dpkg (Debian, Ubuntu and the like)"
+            f"{command[0]} not found: these recordings come from Debian packages, and fetching them takes apt and "
+            "dpkg (on Debian, Ubuntu and their derivatives)"
         ) from error
-    if check and done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return done.stdout
+    with process:
+        try:
+            while True:
+                try:
+                    output, errors = process.communicate(timeout=_POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    if stop is not None and stop.is_set():
+                        process.terminate()
+        except BaseException:
+            process.terminate()
+            raise
+    if check and process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}: {errors.strip()[-500:]}")
+    return output

@@ -1,15 +1,15 @@
-"""A corpus that anyone with apt can rebuild: `python -m training.corpora.debian OUT_DIR`.
+"""Build a free corpus from Debian packages: `python -m training.corpora.debian OUT_DIR`.
 
-About 56 hours of freely licensed recordings in Debian 12's packages, four fifths of them music. Which files of which
-packages, and of what kind each is, is in debian.csv.gz; its roles keep files that tasks are tested on out of training:
-"pretraining" and "both" are read here, "evaluation" never is. Games copy sounds from each other, though: about five of
-the 661 clips of everyday_sounds are also here, in other packages (a pistol of blobwars as openarena's machine gun).
+It holds about 56 hours of freely licensed recordings from Debian 12, four fifths of them music. debian.csv.gz lists
+their packages, paths and kinds, and gives each a role: "pretraining" and "both" belong to this corpus; "evaluation"
+never does, so that no task is tested on training data. Games copy sounds from each other, though: about five of the
+661 clips of everyday_sounds are also here, in other packages (blobwars' pistol is openarena's machine gun).
 
-    OUT_DIR/recordings/PART/PACKAGE/PATH    the files: links into the cache, or FLAC where soundfile cannot read them
-    OUT_DIR/shards/PART/                    what `training.corpora.prepare` made of them
+    OUT_DIR/recordings/PART/PACKAGE/PATH    the files: links into the cache, or FLAC if soundfile cannot read them
+    OUT_DIR/shards/PART/                    their shards, from `training.corpora.prepare`
     OUT_DIR/LICENCES.md                     the packages with their versions and licences
 
-PART is a kind (music, speech, sounds), or held_out: six packages of all kinds to test a run on while it trains.
+PART is a kind (music, speech, sounds) or held_out: six packages of all kinds to test a run on while it trains.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import soundfile
-from tqdm import tqdm
 
 from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, print_error
 from hear_encoders.files import atomic_write
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from training.corpora import archive, prepare
+from training.corpora.plan import PLAN_FILE
+from training.corpora.progress import progress
 from training.corpora.recordings import check_decoders, is_plain_file, read_recording
+from training.corpora.workers import sigterm_interrupts
 
 PROG = "python -m training.corpora.debian"
 MANIFEST = Path(__file__).with_name("debian.csv.gz")
 ROLES = ("pretraining", "both")
-KINDS = ("music", "speech", "sounds")  # what is neither music nor speech is a sound: effects, ambience, animals, ...
+KINDS = ("music", "speech", "sounds")  # sounds: effects, ambience, animals and everything else
 
-# About 1.7 hours: orchestral and electronic music, a language and speakers of its own, effects and ringtones.
+# About 1.8 hours: orchestral and electronic music, Italian and English speech, effects and ringtones.
 HELD_OUT = ("asterisk-core-sounds-it-g722", "enigma-data", "fillets-ng-data", "freecol", "krank", "lomiri-sounds")
 PARTS = (*KINDS, "held_out")
 
@@ -48,8 +50,9 @@ examples:
   python -m training.corpora.debian corpus/
   python -m training.corpora.debian corpus/ --skip redeclipse-data berusky2-data torcs-data
 
-The three packages of the second example are 1.8 GB for 2 hours of audio. Run the same command again to go on after
-an interruption. Exit code 1: some recordings could not be read, the rest are done; 2: bad usage; 130: interrupted.
+The three packages in the second example are 1.8 GB for 2 hours of audio. Run the same command again to continue after
+an interruption. Exit codes: 0 success; 1 some recordings could not be read, the rest are done; 2 bad usage, or the
+packages could not be fetched; 130 interrupted.
 """
 
 
@@ -60,21 +63,21 @@ class Entry:
     package: str
     path: str  # in the package; see `training.corpora.recordings`
     seconds: float
-    kind: str  # of KINDS
+    kind: str  # one of KINDS
 
     @property
     def recording(self) -> str:
-        """As `read_recording` takes it."""
+        """The name that `read_recording` takes."""
         return f"{self.package}/{self.path}"
 
     @property
     def part(self) -> str:
-        """Of PARTS: its kind, or that it is kept out of training."""
+        """One of PARTS: the kind, or held_out."""
         return "held_out" if self.package in HELD_OUT else self.kind
 
 
 def read_manifest(roles: Sequence[str] = ROLES) -> list[Entry]:
-    """The recordings with one of these roles, sorted by package and path."""
+    """Return the recordings with one of these roles, sorted by package and path."""
     with gzip.open(MANIFEST, "rt", encoding="utf-8", newline="") as file:
         return [
             Entry(
@@ -89,19 +92,19 @@ def read_manifest(roles: Sequence[str] = ROLES) -> list[Entry]:
 
 
 def collect(entries: Sequence[Entry], cache: Path, folder: Path, jobs: int = 1) -> list[str]:
-    """Put recordings into FOLDER/PART/PACKAGE/PATH; what is there stays.
+    """Put recordings into FOLDER/PART/PACKAGE/PATH, except those that are there already.
 
     Args:
-        entries: of packages that are in the cache.
+        entries: recordings whose packages are in the cache.
         cache: of `training.corpora.archive`.
-        folder: gets links to the files, FLAC at 16 kHz of those that soundfile does not read.
+        folder: gets a link to each file, or 16 kHz FLAC if soundfile cannot read it.
         jobs: threads.
 
     Returns:
-        What could not be read, and why: it is not in its package, or not audio.
+        An error for each recording that is not in its package, or is not audio.
 
     Raises:
-        OSError: of the disk, which another time may have.
+        OSError: the disk failed; another attempt may succeed.
     """
 
     def collect_one(entry: Entry) -> str | None:
@@ -114,7 +117,7 @@ def collect(entries: Sequence[Entry], cache: Path, folder: Path, jobs: int = 1) 
             if is_plain_file(entry.path):
                 file = archive.locate(cache / entry.package, entry.path)
                 if soundfile_reads(file):
-                    wanted.unlink(missing_ok=True)  # a link that leads nowhere: the cache was moved
+                    wanted.unlink(missing_ok=True)  # a dangling link: the cache was moved
                     wanted.symlink_to(file.resolve())
                     return None
             samples = read_recording(entry.recording, cache)
@@ -124,14 +127,17 @@ def collect(entries: Sequence[Entry], cache: Path, folder: Path, jobs: int = 1) 
             return f"{entry.recording}: {error}"
         return None
 
-    with ThreadPoolExecutor(jobs) as pool:
-        outcomes = pool.map(collect_one, entries)
-        bar = tqdm(outcomes, total=len(entries), desc="recordings", unit="file", disable=None)
-        return [outcome for outcome in bar if outcome is not None]
+    errors = []
+    with progress(len(entries), "file", "recordings") as advance, ThreadPoolExecutor(jobs) as pool:
+        for error in pool.map(collect_one, entries):
+            if error is not None:
+                errors.append(error)
+            advance()
+    return errors
 
 
 def soundfile_reads(path: Path) -> bool:
-    """Whether libsndfile opens a file."""
+    """Return True if libsndfile opens the file."""
     try:
         soundfile.info(str(path))
     except (RuntimeError, OSError):
@@ -140,15 +146,15 @@ def soundfile_reads(path: Path) -> bool:
 
 
 def write_licences(entries: Sequence[Entry], cache: Path, path: Path) -> None:
-    """Write the list of packages, their hours in the corpus and their licences."""
+    """Write a table of the packages with their hours in the corpus and their licences."""
     seconds: dict[str, float] = {}
     for entry in entries:
         seconds[entry.package] = seconds.get(entry.package, 0.0) + entry.seconds
     lines = [
         "# Licences of the corpus",
         "",
-        "Recordings of these packages of Debian's main archive. Licences are those that each package's copyright",
-        "file names, for all of its files; the file itself is usr/share/doc/PACKAGE/copyright.",
+        "The recordings come from these packages in Debian's main archive. The licences are those named in each",
+        "package's copyright file, usr/share/doc/PACKAGE/copyright; they cover all of its files.",
         "",
         "| package | version | hours | licences |",
         "|---|---|--:|---|",
@@ -162,18 +168,18 @@ def write_licences(entries: Sequence[Entry], cache: Path, path: Path) -> None:
 
 
 def build(out_dir: Path, cache: Path, skip: Sequence[str], jobs: int) -> int:
-    """Fetch, collect and prepare the corpus. Returns the exit code."""
+    """Fetch, collect and prepare the corpus. Returns the command's exit code."""
     entries = read_manifest()
     if unknown := sorted(set(skip) - {entry.package for entry in entries}):
         raise ValueError(f"not in the corpus: {', '.join(unknown)}")
     for part, package in itertools.product(PARTS, skip):
         if (out_dir / "recordings" / part / package).exists():
-            raise ValueError(f"{out_dir} holds {package} already: to do without it, choose another folder")
+            raise ValueError(f"{out_dir} already holds {package}: to skip it, choose another folder")
     entries = [entry for entry in entries if entry.package not in skip]
     for part, package in sorted({(entry.part, entry.package) for entry in entries}):
-        begun = (out_dir / "shards" / part / prepare.PLAN_FILE).exists()
+        begun = (out_dir / "shards" / part / PLAN_FILE).exists()
         if begun and not (out_dir / "recordings" / part / package).exists():
-            raise ValueError(f"{out_dir} was begun without {package}: give --skip again, or choose another folder")
+            raise ValueError(f"{out_dir} was begun without {package}: repeat --skip, or choose another folder")
     check_decoders(entry.recording for entry in entries)
     archive.fetch([entry.package for entry in entries], cache)
     failed = collect(entries, cache, out_dir / "recordings", jobs)
@@ -191,26 +197,32 @@ def build(out_dir: Path, cache: Path, skip: Sequence[str], jobs: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         PROG,
         description="Fetch freely licensed recordings from Debian's packages and prepare them for pretraining.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="PACKAGE", help="packages to do without")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder for the corpus")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="PACKAGE", help="packages to leave out")
     parser.add_argument(
-        "--cache", type=Path, default=archive.default_cache(), help="unpacked packages, about 20 GB (%(default)s)"
+        "--cache",
+        type=Path,
+        default=archive.default_cache(),
+        help="folder for unpacked packages, about 20 GB (default: %(default)s)",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     try:
-        return build(options.out_dir, options.cache, options.skip, options.jobs)
+        with sigterm_interrupts():
+            return build(options.out_dir, options.cache, options.skip, options.jobs)
     except KeyboardInterrupt:
-        print_error(PROG, "interrupted; run the same command again to go on")
+        print_error(PROG, "interrupted; run the same command again to continue")
         return INTERRUPTED
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print_error(PROG, f"error: {error}")

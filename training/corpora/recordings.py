@@ -1,9 +1,8 @@
-"""Recordings inside Debian's packages, as 16 kHz mono samples.
+"""Read recordings in Debian packages as 16 kHz mono samples.
 
-A recording is named by its package and its path in it, `PACKAGE/PATH`. Most are audio files. Others have to be got
-out of a container first: a zip archive (`ARCHIVE.d/MEMBER`), Doom's WAD (`FILE.wad.d/LUMP.wav`), the samples of a
-sound font (`PACKAGE/extracted/FONT/NUMBER_kKEY_NAME.flac`: sample NUMBER of FONT.sf2), or a WAV file around an Ogg
-stream.
+A recording's name is `PACKAGE/PATH`, with its path in the package. Most are audio files. Others are inside a
+container: a zip archive (`ARCHIVE.d/MEMBER`), Doom's WAD (`FILE.wad.d/LUMP.wav`), a sound font
+(`PACKAGE/extracted/FONT/NUMBER_kKEY_NAME.flac`: sample NUMBER of FONT.sf2), or a WAV file around an Ogg stream.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from hear_encoders.audio import load_audio
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from training.corpora.archive import locate
 
-# What libsndfile does not read, and FFmpeg's name of the format.
+# Extensions of formats that libsndfile does not read: FFmpeg's name of the format.
 _AV_FORMATS = {".g722": "g722", ".mkv": "matroska", ".wv": "wv"}
 
 _SOUND_FONT_SAMPLE = re.compile(r"extracted/(?P<font>[^/]+)/(?P<number>\d+)_k\d+_(?P<name>[^/]*)\.flac")
@@ -31,15 +30,15 @@ _WAD_LUMP = re.compile(r"(?P<wad>.+\.wad)\.d/(?P<lump>[^/]{1,8})\.wav")
 
 
 def packages_of(recordings: Iterable[str]) -> list[str]:
-    """The packages that recordings are in, sorted."""
+    """Return the recordings' packages, sorted."""
     return sorted({recording.split("/", 1)[0] for recording in recordings})
 
 
 def check_decoders(recordings: Iterable[str]) -> None:
-    """Find out before anything is fetched whether recordings can be decoded here.
+    """Check that the recordings can be decoded, before anything is fetched.
 
     Raises:
-        ImportError: some are G.722, Matroska or WavPack, and PyAV is not installed.
+        ImportError: PyAV is not installed, and a recording is G.722, Matroska or WavPack.
     """
     needing = [recording for recording in recordings if Path(recording).suffix.lower() in _AV_FORMATS]
     if needing:
@@ -47,7 +46,7 @@ def check_decoders(recordings: Iterable[str]) -> None:
 
 
 def is_plain_file(path: str) -> bool:
-    """Whether a path in a package is that of an audio file, as far as its name tells."""
+    """Return True if a path in a package is, judging by its name, an audio file that libsndfile reads."""
     inside = _SOUND_FONT_SAMPLE.fullmatch(path) or _WAD_LUMP.fullmatch(path)
     return not inside and Path(path).suffix.lower() not in _AV_FORMATS
 
@@ -59,16 +58,16 @@ def read_recording(recording: str, cache: Path) -> np.ndarray:
         (N,) float32 at 16 kHz, channels averaged.
 
     Raises:
-        FileNotFoundError: it is not there. The lists are of Debian 12; another release may have moved it.
-        ValueError: it cannot be decoded.
-        ImportError: it is G.722, Matroska or WavPack, and PyAV is not installed.
+        FileNotFoundError: no such file. The lists are for Debian 12; another release may have moved it.
+        ValueError: not decodable.
+        ImportError: PyAV is not installed, and the recording is G.722, Matroska or WavPack.
     """
     package, path = recording.split("/", 1)
     folder = cache / package
     if match := _SOUND_FONT_SAMPLE.fullmatch(path):
         fonts = sorted(folder.rglob(f"{match['font']}.sf2"))
         if not fonts:
-            raise FileNotFoundError(f"package {package} holds no {match['font']}.sf2")
+            raise FileNotFoundError(f"package {package} has no file {match['font']}.sf2")
         return _resample(*sound_font_sample(fonts[0].read_bytes(), int(match["number"]), match["name"]))
     if match := _WAD_LUMP.fullmatch(path):
         return _resample(*wad_sound(locate(folder, match["wad"]).read_bytes(), match["lump"]))
@@ -85,26 +84,29 @@ def read_recording(recording: str, cache: Path) -> np.ndarray:
 
 
 def sound_font_sample(data: bytes, number: int, name: str) -> tuple[np.ndarray, int]:
-    """Sample `number` of a sound font (SoundFont 2.01, 16 bits), which must be called `name`.
+    """Read sample `number` of a sound font (SoundFont 2.01, 16 bits).
 
     Returns:
         (N,) float32, and the sample rate.
+
+    Raises:
+        ValueError: not a sound font, or the sample's name is not `name`.
     """
     chunks = _riff_chunks(data)
     if not {b"smpl", b"shdr"} <= chunks.keys():
-        raise ValueError("not a sound font: no samples (smpl) or no headers of samples (shdr)")
-    headers = list(struct.iter_unpack("<20sIIIIIBbHH", chunks[b"shdr"]))[:-1]  # the last one ends the list
+        raise ValueError("not a sound font: no samples (smpl) or no sample headers (shdr)")
+    headers = list(struct.iter_unpack("<20sIIIIIBbHH", chunks[b"shdr"]))[:-1]  # the last is a terminator
     if number >= len(headers):
-        raise ValueError(f"the sound font has {len(headers)} samples, got number {number}")
+        raise ValueError(f"the sound font has {len(headers)} samples, so no number {number}")
     raw_name, start, end, _, _, rate, *_ = headers[number]
     found = raw_name.split(b"\0")[0].decode("latin-1")
     if found != name:
-        raise ValueError(f"sample {number} of the sound font is called {found!r}, expected {name!r}")
+        raise ValueError(f"the sound font's sample {number} is called {found!r}, expected {name!r}")
     return np.frombuffer(chunks[b"smpl"], "<i2")[start:end].astype(np.float32) / 32768, rate
 
 
 def ogg_in_wav(data: bytes) -> tuple[np.ndarray, int] | None:
-    """Decode a WAV file whose data are a whole Ogg stream, which libsndfile refuses; None for another file."""
+    """Decode a WAV file that contains an Ogg stream, which libsndfile refuses. Returns None for any other file."""
     if data[:4] != b"RIFF" or not (ogg := _riff_chunks(data).get(b"data", b"")).startswith(b"OggS"):
         return None
     samples, rate = soundfile.read(io.BytesIO(ogg), dtype="float32", always_2d=True)
@@ -112,7 +114,7 @@ def ogg_in_wav(data: bytes) -> tuple[np.ndarray, int] | None:
 
 
 def _riff_chunks(data: bytes) -> dict[bytes, bytes]:
-    """The chunks of a RIFF file, those inside lists included."""
+    """Return the contents of a RIFF file's chunks by name, including those inside lists."""
     chunks: dict[bytes, bytes] = {}
     ends = [len(data)]
     at = 0
@@ -127,14 +129,18 @@ def _riff_chunks(data: bytes) -> dict[bytes, bytes]:
 
 
 def wad_sound(data: bytes, lump: str) -> tuple[np.ndarray, int]:
-    """A sound of a Doom WAD: unsigned 8-bit samples after a header, with 16 bytes of padding at either end.
+    """Read a sound in a Doom WAD: a header, then unsigned 8-bit samples with 16 bytes of padding at each end.
 
     Returns:
         (N,) float32, and the sample rate.
+
+    Raises:
+        FileNotFoundError: no such lump.
+        ValueError: not a WAD, or not a sound.
     """
     kind, lumps, directory = struct.unpack_from("<4sII", data)
     if kind not in (b"IWAD", b"PWAD"):
-        raise ValueError(f"not a WAD: it begins with {kind!r}")
+        raise ValueError(f"not a WAD: begins with {kind!r}")
     for place, size, name in struct.iter_unpack("<II8s", data[directory : directory + 16 * lumps]):
         if name.rstrip(b"\0") == lump.encode("ascii"):
             form, rate, samples = struct.unpack_from("<HHI", data, place)
@@ -142,7 +148,7 @@ def wad_sound(data: bytes, lump: str) -> tuple[np.ndarray, int]:
                 raise ValueError(f"lump {lump} is not a sound")
             values = np.frombuffer(data, np.uint8, samples - 32, place + 8 + 16)
             return (values.astype(np.float32) - 128) / 128, rate
-    raise FileNotFoundError(f"the WAD holds no lump {lump}")
+    raise FileNotFoundError(f"the WAD has no lump {lump}")
 
 
 def _decode_with_av(path: Path) -> tuple[np.ndarray, int]:
@@ -158,7 +164,7 @@ def _decode_with_av(path: Path) -> tuple[np.ndarray, int]:
     except av.FFmpegError as error:
         raise ValueError(f"{path}: not readable as audio ({error})") from error
     if not blocks:
-        raise ValueError(f"{path}: holds no samples")
+        raise ValueError(f"{path}: no samples")
     return np.concatenate(blocks, axis=1).mean(axis=0), rate
 
 
@@ -166,7 +172,7 @@ def _import_av(recording: str) -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ImportError(f'decoding {recording} takes PyAV: pip install ".[train]"') from error
+        raise ImportError(f'decoding {recording} needs PyAV: pip install ".[train]"') from error
     return av
 
 

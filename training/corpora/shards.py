@@ -1,18 +1,18 @@
-"""Shards of log-mel records: what `training.corpora.prepare` writes, and reading them at random.
+"""Shards of log-mel records, written by `training.corpora.prepare`, read in any order.
 
-A folder of shards holds (NNNNNN: shard number, KEY: record's name, without dots)
+A folder of shards holds (NNNNNN: the shard's number, KEY: the record's name, without dots)
 
-    shard-NNNNNN.tar    WebDataset, uncompressed: KEY.logmel.npy, float16 (frames, 80), and KEY.json, record by record
-    shard-NNNNNN.json   where the shard's records lie in it, and which sources could not be read
-    index.json          written last: front end, number of records and hours, all shards
+    shard-NNNNNN.tar    WebDataset, uncompressed: KEY.logmel.npy, float16 (frames, 80), and KEY.json for each record
+    shard-NNNNNN.json   sidecar: the records' offsets, and sources that could not be read
+    index.json          written last: front end, number of records and hours, list of shards
     plan.json           which sources go into which shard; only `prepare` reads it
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,22 +22,28 @@ from typing import Any
 
 import numpy as np
 
+from hear_encoders.files import read_json
 from hear_encoders.nn import frontend
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 
-# Open files are kept, but fewer than the 1024 that a process may usually have: AudioSet alone is 2000 shards.
+# Files kept open. A process may usually have 1024, and AudioSet alone is 2000 shards.
 _OPEN_SHARDS = 512
 
 
 def shard_name(number: int) -> str:
-    """Name of a shard: `shard-000000.tar`."""
+    """Name a shard: `shard-000000.tar`."""
     return f"shard-{number:06d}.tar"
 
 
+def sidecar_name(number: int) -> str:
+    """Name a shard's sidecar: `shard-000000.json`."""
+    return f"shard-{number:06d}.json"
+
+
 def frontend_settings() -> dict[str, float]:
-    """What the log-mel values depend on, as index.json has it."""
+    """Return the front end's settings, which determine the log-mel values, as in index.json."""
     return {
         "sample_rate": frontend.SAMPLE_RATE,
         "window": frontend.WINDOW,
@@ -51,7 +57,7 @@ def frontend_settings() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Record:
-    """Where a record comes from."""
+    """The source of a record."""
 
     key: str
     source: str  # path of the audio file, relative to the folder that was prepared
@@ -60,17 +66,17 @@ class Record:
 
 
 class ShardIndex:
-    """All records of a folder of shards, by number; reads any of them at any time.
+    """Random access to the records in a folder of shards, by number.
 
-    Record i is the same in every process and every run. May be used by several threads, after a fork, and
-    pickled: a copy opens files of its own.
+    Record i is the same in every process and every run. Threads and forked processes may share an index; a pickled
+    copy opens its own files.
 
     Attributes:
         path: the folder.
-        shards: (records,) int32, number of the shard each record is in.
-        offsets: (records,) int64, where its values begin in the shard's file, in bytes.
-        frames: (records,) int32, length in frames of 10 ms.
-        sizes: [records], as `JoinedShards` has them.
+        shards: (records,) int32, the number of each record's shard.
+        offsets: (records,) int64, where each record's values begin in the shard, in bytes.
+        frames: (records,) int32, lengths in frames of 10 ms.
+        sizes: [number of records], as in `JoinedShards`.
     """
 
     def __init__(self, path: Path, shards: np.ndarray, offsets: np.ndarray, frames: np.ndarray) -> None:
@@ -84,7 +90,7 @@ class ShardIndex:
         self._sidecar: tuple[int, list[dict[str, Any]]] = (-1, [])
 
     def fingerprint(self) -> str:
-        """Tells folders of records apart, by where records lie and how long they are."""
+        """Return a hash of the records' positions and lengths, which tells folders apart."""
         digest = hashlib.sha256()
         for array in (self.shards, self.offsets, self.frames):
             digest.update(array.tobytes())
@@ -95,8 +101,8 @@ class ShardIndex:
         """Open the folder that `python -m training.corpora.prepare ... PATH` wrote.
 
         Raises:
-            FileNotFoundError: the folder has no index.json (`prepare` did not get to its end), or a shard is gone.
-            ValueError: another version or front end than this code's, or shards that do not fit the index.
+            FileNotFoundError: the folder has no index.json (`prepare` did not finish), or a shard is missing.
+            ValueError: the version or front end is not this code's, or the shards do not match the index.
         """
         path = Path(path)
         index_file = path / INDEX_FILE
@@ -104,7 +110,7 @@ class ShardIndex:
             raise FileNotFoundError(
                 f"no {INDEX_FILE} in {path}: let `python -m training.corpora.prepare ... {path}` finish"
             )
-        index = json.loads(index_file.read_bytes())
+        index = read_json(index_file)
         if index.get("version") != FORMAT_VERSION:
             raise ValueError(f"{index_file}: version {index.get('version')}, this code reads {FORMAT_VERSION}")
         _check_frontend(index.get("frontend", {}), index_file)
@@ -116,7 +122,7 @@ class ShardIndex:
             records = _read_sidecar(path, number)
             if len(records) != shard["records"]:
                 raise ValueError(
-                    f"{_sidecar_file(path, number)}: {len(records)} records, {index_file} says {shard['records']}"
+                    f"{path / sidecar_name(number)}: {len(records)} records, but {index_file} says {shard['records']}"
                 )
             first, last = last, last + len(records)
             offsets[first:last] = [record["offset"] for record in records]
@@ -127,23 +133,22 @@ class ShardIndex:
         return len(self.offsets)
 
     def read(self, i: int) -> np.ndarray:
-        """Return the log-mel of record i: (frames, 80) float16, natural logarithm, not normalised, read-only.
+        """Return the log-mel of record i: (frames, 80) float16, natural logarithm, not normalized, read-only.
 
         Raises:
             IndexError: no record i.
-            FileNotFoundError: its shard is gone.
-            ValueError: its shard is cut short.
+            FileNotFoundError: its shard is missing.
+            ValueError: its shard is truncated.
         """
         shard, frames = int(self.shards[i]), int(self.frames[i])
         length = frames * frontend.BANDS * 2
-        file = self._file(shard)
-        data = os.pread(file.descriptor, length, int(self.offsets[i]))
+        data = self._file(shard).read(length, int(self.offsets[i]))
         if len(data) < length:
-            raise ValueError(f"{self.path / shard_name(shard)} is cut short: record {i} is not all there")
+            raise ValueError(f"{self.path / shard_name(shard)} is truncated: record {i} is incomplete")
         return np.frombuffer(data, dtype="<f2").reshape(frames, frontend.BANDS)
 
     def record(self, i: int) -> Record:
-        """Tell where record i comes from; read from the shard's sidecar, of which the last one used is kept.
+        """Return record i's source, from the shard's sidecar. Only the last sidecar is kept in memory.
 
         Raises:
             IndexError: no record i.
@@ -160,7 +165,7 @@ class ShardIndex:
         file = self._files.get(shard)
         if file is None:
             if len(self._files) >= _OPEN_SHARDS:
-                # A new dict rather than clear(): another thread may be looking into the old one.
+                # A new dict, not clear(): another thread may be reading the old one.
                 self._files = {}
             file = self._files[shard] = _File(self.path / shard_name(shard))
         return file
@@ -170,11 +175,11 @@ class ShardIndex:
 
 
 class JoinedShards:
-    """Folders of shards as one: records are numbered through, one folder after another.
+    """Several folders of shards as one: the records are numbered folder by folder.
 
     Attributes:
-        indices: of the folders.
-        sizes: records of each folder.
+        indices: one per folder.
+        sizes: number of records in each folder.
     """
 
     def __init__(self, indices: Sequence[ShardIndex]) -> None:
@@ -186,11 +191,11 @@ class JoinedShards:
         return self._ends[-1]
 
     def read(self, i: int) -> np.ndarray:
-        """As `ShardIndex.read`."""
+        """Return record i's log-mel, see `ShardIndex.read`."""
         return self._call(ShardIndex.read, i)
 
     def record(self, i: int) -> Record:
-        """As `ShardIndex.record`."""
+        """Return record i's source, see `ShardIndex.record`."""
         return self._call(ShardIndex.record, i)
 
     def _call(self, method: Callable[[ShardIndex, int], Any], i: int) -> Any:
@@ -200,26 +205,34 @@ class JoinedShards:
 
 
 class _File:
-    """An open file, closed when nobody holds it any more."""
+    """A file that any thread may read; closed when it is no longer referenced."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = -1
+        self._descriptor = -1
+        self._lock = threading.Lock()
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # O_BINARY: Windows
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"shard is gone: {path}") from error
+            raise FileNotFoundError(f"shard is missing: {path}") from error
+
+    def read(self, length: int, offset: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._descriptor, length, offset)
+        with self._lock:  # Windows
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            return os.read(self._descriptor, length)
 
     def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
 
-def _check_frontend(there: dict[str, float], index_file: Path) -> None:
+def _check_frontend(saved: dict[str, float], index_file: Path) -> None:
     ours = frontend_settings()
     differences = [
-        f"{name} is {there.get(name)} there, {ours.get(name)} here"
-        for name in sorted(ours.keys() | there.keys())
-        if there.get(name) != ours.get(name)
+        f"{name} is {saved.get(name)}, expected {ours.get(name)}"
+        for name in sorted(ours.keys() | saved.keys())
+        if saved.get(name) != ours.get(name)
     ]
     if differences:
         raise ValueError(f"{index_file}: made with another front end: {'; '.join(differences)}")
@@ -227,14 +240,10 @@ def _check_frontend(there: dict[str, float], index_file: Path) -> None:
 
 def _check_size(file: Path, expected: int) -> None:
     if not file.is_file():
-        raise FileNotFoundError(f"shard is gone: {file}")
+        raise FileNotFoundError(f"shard is missing: {file}")
     if file.stat().st_size != expected:
-        raise ValueError(f"{file} is cut short or changed: {file.stat().st_size} bytes of {expected}")
-
-
-def _sidecar_file(path: Path, number: int) -> Path:
-    return (path / shard_name(number)).with_suffix(".json")
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, expected {expected}: truncated or changed")
 
 
 def _read_sidecar(path: Path, number: int) -> list[dict[str, Any]]:
-    return json.loads(_sidecar_file(path, number).read_bytes())["records"]
+    return read_json(path / sidecar_name(number))["records"]

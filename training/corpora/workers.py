@@ -1,0 +1,114 @@
+"""Worker processes that stop when asked, end with their parent, and leave Ctrl-C to it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.context import BaseContext
+from multiprocessing.synchronize import Event
+from typing import Any, TypeVar
+
+import torch
+
+_T = TypeVar("_T")
+
+_stop: Event | None = None  # in a worker: set when the main process wants no more results
+
+
+class Stopped(Exception):
+    """The main process wants no more results."""
+
+
+@contextmanager
+def run_in_workers(function: Callable[..., _T], calls: Iterable[tuple], jobs: int) -> Iterator[list[Future[_T]]]:
+    """Run `function(*call)` for all calls in worker processes, each with one torch thread.
+
+    On leaving the `with` block, calls that have not begun are cancelled, and running ones end at their next
+    `check_stopped()`.
+
+    Args:
+        function: of a module's top level.
+        calls: arguments, which must be picklable.
+        jobs: worker processes, also if it is 1: the number of torch threads can change a result's last bits, and in
+            this process it is the user's to set.
+
+    Yields:
+        The calls' futures. They raise `BrokenProcessPool` if a worker dies.
+    """
+    context = _context()
+    stop = context.Event()
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (stop,))
+    try:
+        # A terminal sends Ctrl-C to workers too, even while they start. They inherit that it is ignored.
+        with _ctrl_c_ignored():
+            futures = [pool.submit(function, *call) for call in calls]
+        yield futures
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def check_stopped() -> None:
+    """In a worker: raise `Stopped` if the main process wants no more results."""
+    if _stop is not None and _stop.is_set():
+        raise Stopped
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that child processes are ended too."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    with _signal_handler(signal.SIGTERM, interrupt):
+        yield
+
+
+def _ctrl_c_ignored() -> AbstractContextManager[None]:
+    return _signal_handler(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _signal_handler(number: signal.Signals, handler: Any) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread receives signals and may set handlers
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _context() -> BaseContext:
+    """Choose how workers are started: never by forking this process, since its threads might hang them."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Import torch once, not in every worker. The command's own module must not be listed: workers run it again under
+    # another name, and runpy warns if it has been imported already.
+    context.set_forkserver_preload(["hear_encoders", __name__])
+    return context
+
+
+def _start_worker(stop: Event) -> None:
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the fork server may have started before it was ignored
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the main process is gone: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
