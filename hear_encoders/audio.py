@@ -1,4 +1,4 @@
-"""Audio files to 16 kHz mono, by soundfile (decoding) and soxr (resampling)."""
+"""Find audio files, and read them as 16 kHz mono with soundfile (decoding) and soxr (resampling)."""
 
 from __future__ import annotations
 
@@ -22,59 +22,49 @@ from hear_encoders.pcm import UNKNOWN_LENGTH
 # Frames decoded at a time.
 BLOCK_FRAMES = 1 << 18
 
-# What soundfile raises for a file it cannot read: besides its own error, TypeError for samples without a header
-# (.raw) and UnicodeEncodeError for a name that is not Unicode.
+# Errors that soundfile raises for a file it cannot read: its own, TypeError for samples without a header (.raw), and
+# UnicodeEncodeError for a name that is not Unicode.
 UNREADABLE = (soundfile.LibsndfileError, TypeError, UnicodeEncodeError)
 
-# How libsndfile's log of a WAV says that its samples are not as many bytes as the header claims.
+# libsndfile's log of a WAV whose samples have another number of bytes than its header says.
 _WAV_LENGTH = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
 def audio_extensions() -> set[str]:
-    """Lower-case file extensions, with the dot, that the installed libsndfile is likely to read."""
+    """Return the lower-case file extensions, with the dot, that the installed libsndfile is likely to read."""
     names = {f".{name.lower()}" for name in soundfile.available_formats()}
     return (names - {".raw"}) | {
-        ".aif",
-        ".aifc",
-        ".bwf",
-        ".iff",
-        ".mp1",
-        ".mp2",
-        ".mp3",
-        ".oga",
-        ".opus",
-        ".snd",
-        ".sph",
+        *(".aif", ".aifc", ".bwf", ".iff", ".mp1", ".mp2", ".mp3", ".oga", ".opus", ".snd", ".sph"),
     }
 
 
 def load_audio(path: str | os.PathLike[str]) -> Tensor:
-    """Read an audio file as 16 kHz mono: channels are averaged, other sample rates resampled.
+    """Read an audio file as 16 kHz mono: average its channels, resample other sample rates.
 
     Returns:
         (samples,) float32, nominally in [-1, 1].
 
     Warns:
-        UserWarning: the file ends before the length in its header (Ogg has none); what is there is returned.
+        UserWarning: the file is shorter than its header says (Ogg has no such header); the rest is returned.
 
     Raises:
         FileNotFoundError: no such file.
-        OSError: the system does not open it.
-        ValueError: not an audio file that libsndfile reads, damaged, or without samples.
+        OSError: the file cannot be opened.
+        ValueError: libsndfile cannot read it as audio, or it has no samples.
     """
     return torch.cat(list(read_audio(path)))
 
 
 def read_audio(path: str | os.PathLike[str]) -> Iterator[Tensor]:
-    """Read an audio file as `load_audio` does, with its warnings and errors, a block at a time: for hours of audio.
+    """Read an audio file block by block, for hours of audio; otherwise as `load_audio`.
 
     Yields:
-        (n,) float32, of about 2^18 samples of the file's rate; may be empty.
+        (n,) float32, made from 2^18 samples at the file's rate; may be empty.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such audio file: {path}")
-    open(path, "rb").close()  # an error of the system's says more than libsndfile's
+    open(path, "rb").close()  # the operating system's error says more than libsndfile's
     samples = 0
     try:
         with soundfile.SoundFile(path) as file:
@@ -84,11 +74,11 @@ def read_audio(path: str | os.PathLike[str]) -> Iterator[Tensor]:
                 samples += len(block)
                 yield torch.from_numpy(block)
             if frames < file.frames:
-                warnings.warn(f"{path} is cut short: {frames} of {file.frames} frames are there", stacklevel=3)
-            elif length := _WAV_LENGTH.search(file.extra_info):  # here `frames` is what is there
-                claimed, there = int(length[1]), int(length[2])
-                if there < claimed < UNKNOWN_LENGTH:
-                    warnings.warn(f"{path} is cut short: {there} of {claimed} bytes are there", stacklevel=3)
+                warnings.warn(f"{path} is cut short: it has {frames} of {file.frames} frames", stacklevel=3)
+            elif length := _WAV_LENGTH.search(file.extra_info):  # file.frames does not come from the header here
+                claimed, actual = int(length[1]), int(length[2])
+                if actual < claimed < UNKNOWN_LENGTH:
+                    warnings.warn(f"{path} is cut short: it has {actual} of {claimed} bytes", stacklevel=3)
     except UNREADABLE as error:
         raise ValueError(f"{path}: not readable as audio ({getattr(error, 'error_string', error)})") from error
     if samples == 0:
@@ -96,7 +86,7 @@ def read_audio(path: str | os.PathLike[str]) -> Iterator[Tensor]:
 
 
 def duration_s(path: str | os.PathLike[str]) -> float:
-    """Length of an audio file by its header, in seconds; 0 for one that cannot be read."""
+    """Return an audio file's duration according to its header, in seconds; 0 if it cannot be read."""
     try:
         return soundfile.info(str(path)).duration
     except UNREADABLE:
@@ -104,7 +94,7 @@ def duration_s(path: str | os.PathLike[str]) -> float:
 
 
 def _read_mono(file: soundfile.SoundFile) -> Iterator[tuple[np.ndarray, int]]:
-    """Blocks at 16 kHz, and how many frames of the file each was made of."""
+    """Yield blocks at 16 kHz, each with the number of the file's frames that it was made from."""
     resampler = None
     if file.samplerate != SAMPLE_RATE:
         resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, num_channels=1, dtype="float32")
@@ -117,32 +107,40 @@ def _read_mono(file: soundfile.SoundFile) -> Iterator[tuple[np.ndarray, int]]:
 
 @dataclass(frozen=True)
 class AudioFile:
-    """A file to embed: where it is, and what it is called below the folder that was asked for."""
+    """An audio file.
+
+    Attributes:
+        path: as found from the inputs.
+        name: relative to the root that `find_audio` returns, with forward slashes.
+    """
 
     path: Path
     name: str
 
 
 def find_audio(inputs: Sequence[str]) -> tuple[Path, list[AudioFile]]:
-    """Find the audio files that files, folders (recursive) and glob patterns stand for, each once, sorted.
+    """Find audio files.
 
-    In folders and for patterns, files count as audio by their extension; a file given by itself always counts.
-    Links to folders are followed.
+    Folders and patterns select files by extension; a file given by name is always taken. Links to folders are
+    followed.
+
+    Args:
+        inputs: files, folders (searched recursively) and glob patterns.
 
     Warns:
-        UserWarning: a folder that may not be read.
+        UserWarning: a folder cannot be read.
 
     Returns:
-        The root and the files below it, whose names are relative to it. The root depends on the inputs alone,
-        not on what is found: the folder itself, a file's folder, the part of a pattern before its wildcards;
-        for several inputs, what these have in common.
+        The root, and the files below it: each once, sorted by name. The root depends on the inputs alone, not on the
+        files found: it is the folder, the file's folder, or the part of the pattern before its wildcards; for several
+        inputs, the longest common path of these.
 
     Raises:
-        FileNotFoundError: an input that is not there, or that stands for no audio file.
+        FileNotFoundError: an input does not exist, or selects no audio file.
     """
     extensions = audio_extensions()
     roots: list[str] = []
-    paths: dict[str, Path] = {}  # by absolute path, so that no file counts twice
+    paths: dict[str, Path] = {}  # by absolute path, so that no file is listed twice
     for given in inputs:
         pattern = not os.path.exists(given)
         matches = [Path(match) for match in glob.glob(given, recursive=True)] if pattern else [Path(given)]
@@ -153,8 +151,8 @@ def find_audio(inputs: Sequence[str]) -> tuple[Path, list[AudioFile]]:
             elif not pattern or _is_audio(match, extensions):
                 found.append(match)
         if not found:
-            there = not pattern or glob.has_magic(given)
-            raise FileNotFoundError(f"no audio files in {given}" if there else f"no such file or folder: {given}")
+            exists = not pattern or glob.has_magic(given)
+            raise FileNotFoundError(f"no audio files in {given}" if exists else f"no such file or folder: {given}")
         root = given if os.path.isdir(given) else os.path.dirname(given)
         while pattern and glob.has_magic(root):
             root = os.path.dirname(root)
@@ -166,20 +164,20 @@ def find_audio(inputs: Sequence[str]) -> tuple[Path, list[AudioFile]]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and in its folders, links to folders elsewhere included, each folder once."""
+    """Yield all files in a folder and its subfolders, links to other folders included; visit each folder once."""
     root = os.path.realpath(folder)
     seen = {root}
 
     def is_new(path: str) -> bool:
         real = os.path.realpath(path)
-        # A link to a folder that is reached without it would give its files a second name.
+        # A link to a folder below the root would give that folder's files a second name.
         if real in seen or (os.path.islink(path) and real.startswith(os.path.join(root, ""))):
             return False
         seen.add(real)
         return True
 
     def warn(error: OSError) -> None:
-        warnings.warn(f"{error.filename} is not searched: {error.strerror}", stacklevel=4)
+        warnings.warn(f"{error.filename} cannot be searched: {error.strerror}", stacklevel=4)
 
     for parent, folders, names in os.walk(folder, onerror=warn, followlinks=True):
         folders[:] = [name for name in sorted(folders) if is_new(os.path.join(parent, name))]

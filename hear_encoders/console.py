@@ -1,10 +1,10 @@
-"""What commands share: exit codes, messages on standard error, argument types."""
+"""Parts that all commands share: exit codes, messages on standard error, argument types."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,47 +13,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 def print_error(prog: str, message: str) -> None:
-    """Write a line to standard error."""
-    tqdm.write(f"{prog}: {message}", file=sys.stderr)  # above a progress bar, if there is one
-
-
-def output_path(text: str) -> Path:
-    """An argparse type: a path that is not empty, as an unset variable of the shell would be."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
-    return Path(text)
-
-
-def non_empty_text(text: str) -> str:
-    """An argparse type: text that is not empty."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty")
-    return text
-
-
-def not_negative(text: str) -> float:
-    """An argparse type: a finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
-
-
-def positive(kind: type[float]) -> Callable[[str], float]:
-    """An argparse type: a number of this kind above zero."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"  # argparse names it in its message
-    return parse
+    """Write one line to standard error, above a progress bar if there is one."""
+    tqdm.write(f"{prog}: {message}", file=sys.stderr)
 
 
 @contextmanager
@@ -64,35 +28,44 @@ def warnings_as_messages(prog: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def progress(total: float, unit: str, label: str, *, done: float = 0, scale: bool = False) -> Iterator[Callable]:
-    """Show a progress bar; if standard error is not a terminal, print a line every half minute instead.
+def discard_stdout() -> None:
+    """Send the rest of standard output nowhere.
 
-    Args:
-        total: units at the end.
-        unit: "file", "B".
-        label: text before the numbers.
-        done: units at the start.
-        scale: write 2.5M for 2 500 000.
-
-    Yields:
-        A function `advance(units=1)` to call whenever units have been done.
+    Call this after a BrokenPipeError: Python flushes the output at exit and would report the broken pipe again.
     """
-    with tqdm(total=total, initial=done, unit=unit, desc=label, unit_scale=scale, disable=None) as bar:
-        if not bar.disable:
-            yield bar.update
-            return
-        now = done
-        start_s = line_s = time.monotonic()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-        def advance(units: float = 1) -> None:
-            nonlocal now, line_s
-            now += units
-            if time.monotonic() - line_s >= _SECONDS_BETWEEN_LINES:
-                line_s = time.monotonic()
-                line = tqdm.format_meter(
-                    now, total, line_s - start_s, ncols=0, prefix=label, unit=unit, unit_scale=scale, initial=done
-                )
-                print(line, file=sys.stderr, flush=True)
 
-        yield advance
+def output_path(text: str) -> Path:
+    """Parse an argument as a path. It must not be empty, as from an unset shell variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def non_empty_text(text: str) -> str:
+    """Parse an argument as text that is not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
+
+
+def non_negative(text: str) -> float:
+    """Parse an argument as a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+def positive(kind: type[float]) -> Callable[[str], float]:
+    """Return an argument type: a number of type `kind` above zero."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse's error message: "invalid positive int value"
+    return parse

@@ -1,6 +1,6 @@
-"""Audio that arrives on a pipe: raw PCM or WAV, of any rate and number of channels, to 16 kHz mono as it comes.
+"""Read audio from a pipe as it arrives: raw PCM or WAV, at any rate and with any channels, to 16 kHz mono.
 
-soundfile reads files, in which it can go back and forth; a pipe has no end to look at and may never have one.
+soundfile cannot do this: it needs files that it can seek in. A pipe cannot seek, and it may never end.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import soxr
 
 from hear_encoders.nn.frontend import SAMPLE_RATE
 
-# What is read at a time, at most: a pipe gives what it has.
+# Largest read; a pipe often returns less.
 READ_BYTES = 1 << 16
 
-# Lengths that a WAV from a pipe has in its header, because its writer could not know: 0, and nearly 2 or 4 GiB.
+# A WAV written to a pipe cannot state its length. Its header says 0, or at least this: nearly 2 or 4 GiB.
 UNKNOWN_LENGTH = 0x7FFF_F000
 
-# What a pipe of samples does not begin with, but for one in four billion.
+# Magic bytes of unsupported formats.
 _OTHER_FORMATS = {
     **{b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF", b".snd": "AU", b"caff": "CAF"},
     **{b"RF64": "RF64", b"RIFX": "RIFX"},
     **{b"ID3" + bytes([version]): "MP3" for version in (2, 3, 4)},
 }
-# What few begin with, but every MP3 without tags.
+# First bytes of MP3 without tags. Raw samples may begin so too, though rarely.
 _MP3_FRAMES = (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
 
 _WAVE_PCM, _WAVE_FLOAT, _WAVE_EXTENSIBLE = 1, 3, 0xFFFE
@@ -40,7 +40,7 @@ def _s24(data: bytes) -> np.ndarray:
     return wide.view("<i4")[:, 0] / np.float32(2**31)
 
 
-# Bytes of a sample, and bytes to samples in [-1, 1].
+# Bytes per sample, and a function from bytes to samples in [-1, 1].
 _DECODERS: dict[str, tuple[int, Callable[[bytes], np.ndarray]]] = {
     "u8": (1, lambda data: (np.frombuffer(data, np.uint8) - np.float32(128)) / np.float32(128)),
     "s16le": (2, lambda data: np.frombuffer(data, "<i2") / np.float32(2**15)),
@@ -54,10 +54,15 @@ ENCODINGS = tuple(_DECODERS)
 
 @dataclass(frozen=True)
 class PCM:
-    """How samples follow each other: interleaved channels, in an encoding by ffmpeg's name for it.
+    """Format of raw samples with interleaved channels.
+
+    Attributes:
+        encoding: ffmpeg's name, one of ENCODINGS.
+        sample_rate: in Hz.
+        channels: number of channels.
 
     Raises:
-        ValueError: an unknown encoding, a rate or a number of channels below 1.
+        ValueError: an unknown encoding, or a sample rate or number of channels below 1.
     """
 
     encoding: str = "s16le"
@@ -68,42 +73,44 @@ class PCM:
         if self.encoding not in ENCODINGS:
             raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}; got {self.encoding!r}")
         if self.sample_rate < 1 or self.channels < 1:
-            raise ValueError(f"expected a sample rate and channels, got {self.sample_rate} Hz and {self.channels}")
+            raise ValueError(
+                f"sample rate and channels must be at least 1, got {self.sample_rate} Hz and {self.channels}"
+            )
 
 
 def read_pipe(pipe: BinaryIO, raw: PCM) -> Iterator[np.ndarray]:
-    """Blocks of 16 kHz mono as the samples come in.
+    """Read a pipe as 16 kHz mono, block by block as samples arrive.
 
     Args:
-        pipe: WAV, known by its first bytes, or samples without a header.
-        raw: of what samples without a header are.
+        pipe: WAV, recognized by its first bytes, or raw samples.
+        raw: format of raw samples; a WAV header overrides it.
 
     Yields:
-        (n,) float32, nominally in [-1, 1]; n varies and may be 0. Resampling holds back some milliseconds, which come
-        at the end. A frame that the end cuts off is left out.
+        (n,) float32, nominally in [-1, 1]; n varies and may be 0. The resampler delays samples by some milliseconds;
+        the last block holds the rest. An incomplete frame at the end is dropped.
 
     Warns:
-        UserWarning: samples that may be MP3.
+        UserWarning: the raw samples may be MP3.
 
     Raises:
-        ValueError: a WAV header that is damaged, or of samples other than PCM; another format of files.
+        ValueError: a damaged WAV header, WAV samples that are neither PCM nor float, or another file format.
     """
     head = pipe.read(4)
     if head in _OTHER_FORMATS:
-        raise ValueError(f"expected WAV or samples without a header, got {_OTHER_FORMATS[head]}: decode it before")
+        raise ValueError(f"expected WAV or raw samples, got {_OTHER_FORMATS[head]}: decode it first")
     if head == b"RIFF":
         pcm, remaining = _read_wav_header(pipe)
         rest = b""
     else:
         if head[:2] in _MP3_FRAMES:
-            warnings.warn("this begins as MP3 does, but is read as samples: decode it before", stacklevel=2)
+            warnings.warn("the input begins like MP3, but is read as raw samples: decode it first", stacklevel=2)
         pcm, remaining, rest = raw, None, head
     bytes_per_sample, decode = _DECODERS[pcm.encoding]
     frame_bytes = bytes_per_sample * pcm.channels
     resampler = None
     if pcm.sample_rate != SAMPLE_RATE:
         resampler = soxr.ResampleStream(pcm.sample_rate, SAMPLE_RATE, num_channels=1, dtype="float32")
-    read = getattr(pipe, "read1", pipe.read)  # what is there, rather than wait for all that was asked for
+    read = getattr(pipe, "read1", pipe.read)  # returns what has arrived; `read` would wait for more
     while True:
         data = read(READ_BYTES if remaining is None else min(READ_BYTES, remaining))
         ended = not data
@@ -120,7 +127,7 @@ def read_pipe(pipe: BinaryIO, raw: PCM) -> Iterator[np.ndarray]:
 
 
 def _read_wav_header(pipe: BinaryIO) -> tuple[PCM, int | None]:
-    """Read from after "RIFF" to the first sample: what the samples are, and how many bytes of them, if it says."""
+    """Read from after "RIFF" up to the first sample; return the format, and the number of bytes if it is stated."""
     if _read(pipe, 8)[4:] != b"WAVE":
         raise ValueError("expected WAV after 'RIFF', got another kind of RIFF file")
     pcm = None
@@ -128,7 +135,7 @@ def _read_wav_header(pipe: BinaryIO) -> tuple[PCM, int | None]:
         name, size = struct.unpack("<4sI", _read(pipe, 8))
         if name == b"data":
             if pcm is None:
-                raise ValueError("the WAV header has no 'fmt ' before its 'data'")
+                raise ValueError("the WAV header has no 'fmt ' chunk before its 'data' chunk")
             return pcm, None if size == 0 or size >= UNKNOWN_LENGTH else size
         if name == b"fmt ":
             pcm = _read_wav_format(_read(pipe, size))
@@ -139,7 +146,7 @@ def _read_wav_header(pipe: BinaryIO) -> tuple[PCM, int | None]:
 
 def _read_wav_format(chunk: bytes) -> PCM:
     if len(chunk) < 16:
-        raise ValueError(f"the WAV header's 'fmt ' must have at least 16 bytes, got {len(chunk)}")
+        raise ValueError(f"the WAV header's 'fmt ' chunk must have at least 16 bytes, got {len(chunk)}")
     tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", chunk[:16])
     if tag == _WAVE_EXTENSIBLE and len(chunk) >= 26:
         (tag,) = struct.unpack("<H", chunk[24:26])
@@ -148,7 +155,7 @@ def _read_wav_format(chunk: bytes) -> PCM:
         **{(_WAVE_FLOAT, 32): "f32le", (_WAVE_FLOAT, 64): "f64le"},
     }
     if (tag, bits) not in known:
-        raise ValueError(f"expected a WAV of PCM or float samples, got format {tag} with {bits} bits")
+        raise ValueError(f"expected WAV with PCM or float samples, got format {tag} with {bits} bits")
     return PCM(known[tag, bits], rate, channels)
 
 

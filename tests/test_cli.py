@@ -1,19 +1,21 @@
-"""The two commands, from arguments to files: what they write, what they say and how they end."""
+"""`hear-embed` and `hear-weights` from arguments to files: output, messages and exit codes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
-import resource
 import shutil
 import struct
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import torch
 
 import hear_audiomaepp
 import hear_axlstm
+import hear_encoders
 from hear_encoders import (
     AxLSTMConfig,
     Embedder,
@@ -47,7 +50,6 @@ CONFIGS = {
 }
 SIZE = 5 * 48
 OUTPUTS = ["out.npz", "out.parquet", "out"]
-ENTRY = "import sys; from hear_encoders.cli.embed import main; sys.exit(main())"
 RECORDINGS = ["a.flac", "a.wav", "nested/a.wav", "nested/d.MP3", "nested/deeper/c.ogg"]
 
 
@@ -61,7 +63,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def tone(rate: int, seconds: float, channels: int, seed: int) -> np.ndarray:
-    """A different sound for every seed: a tone and noise, each channel at another level."""
+    """Return a tone with noise, different for each seed, each channel at another level."""
     random = np.random.default_rng(seed)
     times = np.arange(int(rate * seconds)) / rate
     sound = 0.3 * np.sin(2 * np.pi * (200 + 300 * seed) * times) + random.normal(0, 0.02, times.shape)
@@ -70,7 +72,7 @@ def tone(rate: int, seconds: float, channels: int, seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with RECORDINGS in it and a file that is no audio; not to be written to."""
+    """A folder with RECORDINGS and a file that is not audio. Tests must not write to it."""
     folder = tmp_path_factory.mktemp("recordings")
     (folder / "nested" / "deeper").mkdir(parents=True)
     for seed, (name, rate, seconds, channels) in enumerate(
@@ -89,7 +91,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended and what it printed."""
+    """A command's exit code and output."""
 
     code: int
     out: str
@@ -101,7 +103,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def embed(capsys: pytest.CaptureFixture[str], checkpoints: dict[str, Path]) -> Run:
-    """Run `hear-embed` in this process, with the small AudioMAE++ on the CPU unless told otherwise."""
+    """Run `hear-embed` in this process, by default with the small AudioMAE++ on the CPU."""
 
     def run(*arguments: object) -> Outcome:
         words = [str(argument) for argument in arguments]
@@ -138,12 +140,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def start(code: str, *arguments: object, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """Run Python code in a process of its own that finds the package where this one does."""
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a separate process, with the package on its path."""
     home = str(Path(hear_audiomaepp.__file__).parents[1])
     command = [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
     env = {**os.environ, "PYTHONPATH": home}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def needs_pyarrow(output: str) -> None:
@@ -152,7 +154,7 @@ def needs_pyarrow(output: str) -> None:
 
 
 def read_scenes(output: Path, root: Path) -> dict[str, np.ndarray]:
-    """Scene embeddings by the file's name below `root`, out of any kind of output."""
+    """Read scene embeddings from any kind of output, by file name relative to `root`."""
     if output.is_dir():
         return {name.removesuffix(".npy"): np.load(output / name) for name in files_in(output) if ".npy" in name}
     if output.suffix == ".npz":
@@ -170,7 +172,7 @@ def read_scenes(output: Path, root: Path) -> dict[str, np.ndarray]:
 
 
 def read_timestamps(output: Path, root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Embeddings (T, E) and times (T,) by the file's name below `root`, out of any kind of output."""
+    """Read embeddings (T, E) and times (T,) from any kind of output, by file name relative to `root`."""
     if output.is_dir():
         names = [name for name in files_in(output) if name.endswith(".npy") and ".timestamps_ms" not in name]
         return {
@@ -205,13 +207,13 @@ def below(root: Path, paths: list[str] | np.ndarray) -> list[str]:
 
 
 def files_in(folder: Path) -> list[str]:
-    """All files below a folder, hidden ones too."""
+    """List all files below a folder, including hidden ones."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
 @pytest.fixture
 def expected(checkpoints: dict[str, Path]) -> Callable[..., np.ndarray]:
-    """What a model says of one file by itself."""
+    """Embed one file by itself, with the HEAR functions."""
 
     def compute(path: Path, name: str = "audiomaepp", timestamps: bool = False):
         module = hear_axlstm if name == "axlstm" else hear_audiomaepp
@@ -231,11 +233,11 @@ def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is written
+# Outputs
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_scenes_are_those_of_the_model_on_each_file_alone(embed, recordings, expected, workplace, output: str) -> None:
+def test_scene_embeddings_equal_those_of_each_file_alone(embed, recordings, expected, workplace, output: str) -> None:
     needs_pyarrow(output)
     outcome = embed(recordings, "-o", output)
     assert outcome.code == 0
@@ -245,7 +247,7 @@ def test_scenes_are_those_of_the_model_on_each_file_alone(embed, recordings, exp
     assert sorted(scenes) == RECORDINGS
     for name, scene in scenes.items():
         assert_close(scene, expected(recordings / name))
-    assert np.stack(list(scenes.values())).std(axis=0).max() > 0.01  # else equality would say little
+    assert np.stack(list(scenes.values())).std(axis=0).max() > 0.01  # files differ: the test means something
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -269,7 +271,7 @@ def test_scene_is_the_mean_of_the_timestamps(embed, recordings, workplace) -> No
         assert_close(scenes[name], embeddings.mean(axis=0))
 
 
-def test_folder_output_holds_one_array_a_file_and_its_settings(embed, recordings, workplace) -> None:
+def test_folder_output_holds_one_array_per_file_and_its_settings(embed, recordings, workplace) -> None:
     embed(recordings, "-o", "scenes")
     assert files_in(workplace / "scenes") == sorted(["hear-embed.json"] + [f"{name}.npy" for name in RECORDINGS])
     assert np.load("scenes/a.wav.npy").shape == (SIZE,)
@@ -280,7 +282,7 @@ def test_folder_output_holds_one_array_a_file_and_its_settings(embed, recordings
 
 
 @pytest.mark.parametrize("output", ["OUT.NPZ", "new/folder/out.npz", "new/folder/out.parquet", "v1.2", "new/folder"])
-def test_output_kind_is_chosen_by_the_name_and_folders_are_made(embed, recordings, workplace, output: str) -> None:
+def test_output_name_selects_its_kind_and_folders_are_created(embed, recordings, workplace, output: str) -> None:
     needs_pyarrow(output)
     assert embed(recordings / "a.wav", "-o", output).code == 0
     path = workplace / output
@@ -304,14 +306,16 @@ def test_weights_may_be_the_safetensors_file(embed, recordings, checkpoints, exp
     assert_close(np.load("out.npz")["embeddings"][0], expected(recordings / "a.wav", "other"))
 
 
-def test_reference_framing_and_precision_reach_the_model(embed, recordings, checkpoints, workplace) -> None:
+def test_framing_and_precision_reach_the_model(embed, recordings, checkpoints, workplace) -> None:
     path = recordings / "a.flac"
     audio = load_audio(path)[None]
     for options in ({"framing": "reference"}, {"precision": "bfloat16"}):
         words = [word for option, value in options.items() for word in (f"--{option}", value)]
         assert embed(path, "-o", "out.npz", "--timestamps", *words).code == 0
         model = hear_audiomaepp.load_model(checkpoints["audiomaepp"], **options)
-        wanted, times = model.timestamp_embeddings(audio)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "precision='bfloat16' takes several times as long")  # on some CPUs
+            wanted, times = model.timestamp_embeddings(audio)
         with np.load("out.npz") as arrays:
             assert_close(arrays["embeddings"], wanted[0].numpy())
             assert_close(arrays["timestamps_ms"], times[0].numpy())
@@ -338,7 +342,7 @@ def test_examples_folder(embed, expected, workplace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is found
+# Inputs
 
 
 def test_glob_is_expanded_by_the_command(embed, recordings, workplace) -> None:
@@ -352,7 +356,7 @@ def test_glob_is_expanded_by_the_command(embed, recordings, workplace) -> None:
         assert sorted(read_scenes(workplace / "out.npz", recordings)) == names, pattern
 
 
-def test_links_to_folders_are_followed_and_no_file_is_found_twice(recordings, tmp_path) -> None:
+def test_links_to_folders_are_followed_without_finding_a_file_twice(recordings, tmp_path) -> None:
     (tmp_path / "in" / "b").mkdir(parents=True)
     os.link(recordings / "a.wav", tmp_path / "in" / "b" / "a.wav")
     for name, target in {"a": "b", "loop": "..", "nested": recordings / "nested"}.items():
@@ -366,7 +370,7 @@ def test_links_to_folders_are_followed_and_no_file_is_found_twice(recordings, tm
     assert len(set(real)) == len(real)
 
 
-def test_folder_that_may_not_be_read_is_named(embed, recordings, workplace, monkeypatch) -> None:
+def test_unreadable_folder_is_named_in_a_warning(embed, recordings, workplace, monkeypatch) -> None:
     scandir = os.scandir
 
     def refuse(path="."):
@@ -377,10 +381,10 @@ def test_folder_that_may_not_be_read_is_named(embed, recordings, workplace, monk
     monkeypatch.setattr(os, "scandir", refuse)
     outcome = embed(recordings, "-o", "out.npz")
     assert outcome.code == 0
-    assert f"warning: {recordings / 'nested'} is not searched: Permission denied" in outcome.err
+    assert f"warning: {recordings / 'nested'} cannot be searched: Permission denied" in outcome.err
 
 
-def test_several_inputs_of_all_kinds(embed, recordings, workplace) -> None:
+def test_inputs_of_all_kinds_combine(embed, recordings, workplace) -> None:
     inputs = [recordings / "a.flac", recordings / "nested" / "deeper", recordings / "nested" / "*.wav"]
     for output in ("out.npz", "out"):
         assert embed(*inputs, "-o", output).code == 0
@@ -404,7 +408,7 @@ def test_paths_in_the_output_are_as_they_were_given(embed, recordings, workplace
     assert paths == sorted(str(Path(recordings.name, name)) for name in RECORDINGS)
 
 
-def test_names_with_spaces_brackets_and_letters_of_any_script(embed, recordings, workplace) -> None:
+def test_names_may_hold_spaces_brackets_and_any_script(embed, recordings, workplace) -> None:
     names = ["take [1].wav", "größe 音.wav", "-dash.wav"]
     for name in names:
         shutil.copy(recordings / "a.wav", name)
@@ -414,19 +418,19 @@ def test_names_with_spaces_brackets_and_letters_of_any_script(embed, recordings,
     assert sorted(read_scenes(workplace / "out.npz", workplace)) == sorted(names)
 
 
-def test_file_given_by_itself_counts_as_audio_whatever_its_extension(embed, recordings, workplace) -> None:
+def test_file_given_by_name_may_have_any_extension(embed, recordings, workplace) -> None:
     shutil.copy(recordings / "a.wav", "recording.bin")
     assert embed("recording.bin", "-o", "out").code == 0
     assert list(read_scenes(workplace / "out", workplace)) == ["recording.bin"]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# How the work is done
+# Batches
 
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The lengths in samples of the files of each batch, as they are encoded."""
+    """Record each encoded batch as its files' lengths in samples."""
     batches: list[list[int]] = []
     embed_batches = Embedder.embed_batches
 
@@ -440,7 +444,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that were decoded."""
+    """Record the names of decoded files."""
     names: list[str] = []
 
     def watched(path):
@@ -453,7 +457,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have the encoder raise at its n-th batch, once, after a look around: interrupt(n, error, look)."""
+    """Make the encoder raise an error at its n-th batch, once; call `look` at each: interrupt(n, error, look)."""
     embed_batches = Embedder.embed_batches
 
     def arm(batch: int, error: BaseException, look: Callable[[], None] = lambda: None) -> None:
@@ -487,9 +491,7 @@ def test_files_of_similar_length_are_encoded_together(embed, encoded, workplace)
     assert len(encoded) == 4  # 0.4 0.5 0.6 1.5 | 1.6 1.9 | 2 | 9
 
 
-def test_decoding_goes_on_while_the_model_encodes_but_not_without_bound(
-    embed, workplace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoding_runs_ahead_of_the_encoder_within_bounds(embed, workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     write_clips(workplace, [1.0] * 30)
     decoded_count, encoded_count, ahead = 0, 0, []
     grown = threading.Condition()
@@ -506,9 +508,9 @@ def test_decoding_goes_on_while_the_model_encodes_but_not_without_bound(
     def slow_encode(self, audio, *args, **kwargs):
         nonlocal encoded_count
         encoded_count += len(audio)
-        with grown:  # the encoder waits here until the decoders have got a batch further than it has
+        with grown:  # wait until the decoders are a batch ahead
             wanted = min(30, encoded_count + 3)
-            assert grown.wait_for(lambda: decoded_count >= wanted, timeout=20), "too little was decoded meanwhile"
+            assert grown.wait_for(lambda: decoded_count >= wanted, timeout=20), "too little was decoded ahead"
             grown.wait_for(lambda: decoded_count > encoded_count + 10, timeout=0.02)
             ahead.append(decoded_count - encoded_count)
         return embed_batches(self, audio, *args, **kwargs)
@@ -517,15 +519,11 @@ def test_decoding_goes_on_while_the_model_encodes_but_not_without_bound(
     monkeypatch.setattr(Embedder, "embed_batches", slow_encode)
     assert embed(".", "-o", "out.npz", "--batch-seconds", 2, "--jobs", 4).code == 0
     assert encoded_count == 30
-    assert max(ahead) <= 6  # two batches' worth and what fits no more
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Files that fail
+    assert max(ahead) <= 6  # two batches, and the file that does not fit
 
 
 @pytest.mark.parametrize("timestamps", [[], ["--timestamps"]])
-def test_long_files_go_through_in_pieces_and_come_out_the_same(
+def test_long_files_embedded_in_pieces_give_the_same_result(
     embed, encoded, recordings, workplace, monkeypatch, timestamps: list[str]
 ) -> None:
     assert embed(recordings, "-o", "whole", *timestamps).code == 0
@@ -547,8 +545,12 @@ def test_long_files_go_through_in_pieces_and_come_out_the_same(
         )
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Failures
+
+
 def write_bad(path: Path) -> Path:
-    """Make the bad file that its name's stem stands for."""
+    """Write a bad file of the kind that its stem names."""
     stem = path.stem
     samples = tone(44_100, 1.0, 2, 3)
     if stem == "junk":
@@ -572,9 +574,7 @@ BAD = ["junk.wav", "junk.mp3", "nothing.wav", "cut.flac", "empty.wav", "nan.wav"
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_file_is_reported_with_its_reason_and_the_rest_is_done(
-    embed, recordings, expected, workplace, name: str
-) -> None:
+def test_bad_file_is_reported_and_the_rest_is_embedded(embed, recordings, expected, workplace, name: str) -> None:
     bad = write_bad(workplace / name)
     outcome = embed(recordings / "a.wav", bad, recordings / "a.flac", "-o", "out.npz")
     assert outcome.code == 1
@@ -582,7 +582,7 @@ def test_bad_file_is_reported_with_its_reason_and_the_rest_is_done(
     (line,) = outcome.err.splitlines()
     assert line.startswith("hear-embed: failed: ")
     assert line.count(str(bad)) == 1
-    assert len(line) > len("hear-embed: failed: ") + len(str(bad)) + 10  # there is a reason
+    assert len(line) > len("hear-embed: failed: ") + len(str(bad)) + 10  # a reason follows
     scenes = read_scenes(workplace / "out.npz", recordings)
     assert sorted(scenes) == ["a.flac", "a.wav"]
     assert_close(scenes["a.wav"], expected(recordings / "a.wav"))
@@ -605,24 +605,25 @@ def test_bad_files_among_good_ones(embed, recordings, workplace, output: str, ti
     assert sorted(read(workplace / output, folder)) == RECORDINGS
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes only there")
-def test_file_whose_name_is_no_unicode_does_not_stop_the_others(recordings, checkpoints, workplace) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes only on Linux")
+def test_file_name_that_is_not_unicode_does_not_stop_the_others(embed, recordings, workplace, monkeypatch) -> None:
     folder = workplace / "old"
     folder.mkdir()
     shutil.copy(recordings / "a.wav", folder / os.fsdecode(b"caf\xe9.wav"))
     shutil.copy(recordings / "a.wav", folder / "tea.wav")
-    process = start(
-        ENTRY, folder, "-o", "out.npz", "--weights", checkpoints["audiomaepp"]
-    )  # pytest's stderr is stricter
-    _, complaints = process.communicate()
+    stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")  # as Python's; pytest's raises
+    monkeypatch.setattr(sys, "stderr", stderr)
+    code = embed(folder, "-o", "out.npz").code
+    stderr.flush()
+    complaints = stderr.buffer.getvalue().decode()
     assert Path("out.npz").exists(), complaints
     names = np.load("out.npz")["paths"].tolist()
     assert str(folder / "tea.wav") in names
-    assert (process.returncode, len(names)) in [(0, 2), (1, 1)]  # done, or reported
-    assert process.returncode == 0 or ("failed: " in complaints and "caf" in complaints)
+    assert (code, len(names)) in [(0, 2), (1, 1)]  # done, or reported
+    assert code == 0 or ("failed: " in complaints and "caf" in complaints)
 
 
-def test_file_that_vanishes_meanwhile_is_one_that_failed(embed, recordings, workplace, monkeypatch) -> None:
+def test_file_deleted_during_the_run_is_a_failure(embed, recordings, workplace, monkeypatch) -> None:
     shutil.copytree(recordings, "folder")
 
     def vanish(path):
@@ -637,7 +638,7 @@ def test_file_that_vanishes_meanwhile_is_one_that_failed(embed, recordings, work
     assert len(np.load("out.npz")["paths"]) == 4
 
 
-def test_batch_that_does_not_fit_into_memory_fails_alone(embed, interrupt, recordings, workplace) -> None:
+def test_batch_that_runs_out_of_memory_fails_alone(embed, interrupt, recordings, workplace) -> None:
     interrupt(2, torch.OutOfMemoryError("no memory left"))
     outcome = embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1)
     assert outcome.code == 1
@@ -647,27 +648,25 @@ def test_batch_that_does_not_fit_into_memory_fails_alone(embed, interrupt, recor
     assert len(np.load("out.npz")["paths"]) == 4
 
 
-def test_a_batch_is_written_while_the_next_is_embedded(embed, recordings, workplace, monkeypatch) -> None:
+def test_batch_is_written_while_the_next_is_encoded(embed, recordings, workplace, monkeypatch) -> None:
     events = []
-    embed_batches, fetch = Embedder.embed_batches, corpus._Embedded.fetch
+    embed_batches, wait = Embedder.embed_batches, corpus._EncodedBatch.wait
 
     def embedding(self, batches, per_step=False):
         events.append("embed")
         return embed_batches(self, batches, per_step)
 
-    def fetching(self):
-        events.append("fetch")
-        return fetch(self)
+    def waiting(self):
+        events.append("wait")
+        return wait(self)
 
     monkeypatch.setattr(Embedder, "embed_batches", embedding)
-    monkeypatch.setattr(corpus._Embedded, "fetch", fetching)
+    monkeypatch.setattr(corpus._EncodedBatch, "wait", waiting)
     assert embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1).code == 0
-    assert events == ["embed", *["embed", "fetch"] * (len(RECORDINGS) - 1), "fetch"]
+    assert events == ["embed", *["embed", "wait"] * (len(RECORDINGS) - 1), "wait"]
 
 
-def test_a_write_that_is_interrupted_leaves_out_nothing_that_is_embedded(
-    embed, recordings, workplace, monkeypatch
-) -> None:
+def test_interrupted_write_loses_no_other_embedding(embed, recordings, workplace, monkeypatch) -> None:
     add, calls = outputs.FolderOutput.add, []
 
     def adding(self, *arguments):
@@ -683,15 +682,15 @@ def test_a_write_that_is_interrupted_leaves_out_nothing_that_is_embedded(
     assert len(read_scenes(workplace / "out", workplace)) == 3
 
 
-def test_batch_that_fails_while_it_is_computed_fails_alone(embed, recordings, workplace, monkeypatch) -> None:
-    fetch = corpus._Embedded.fetch
+def test_batch_that_fails_on_the_gpu_fails_alone(embed, recordings, workplace, monkeypatch) -> None:
+    wait = corpus._EncodedBatch.wait
 
-    def fetching(self):
-        if self.files[0][0].name == "nested/a.wav":
+    def waiting(self):
+        if self.unwritten[0][0].name == "nested/a.wav":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return fetch(self)
+        return wait(self)
 
-    monkeypatch.setattr(corpus._Embedded, "fetch", fetching)
+    monkeypatch.setattr(corpus._EncodedBatch, "wait", waiting)
     outcome = embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1)
     assert outcome.code == 1
     (line,) = outcome.err.splitlines()
@@ -719,9 +718,7 @@ def test_earlier_output_is_kept_when_every_file_is_bad(embed, recordings, workpl
     assert Path(output).read_bytes() == before
 
 
-def test_folder_output_in_which_nothing_was_made_binds_nobody_to_its_settings(
-    embed, checkpoints, recordings, workplace
-) -> None:
+def test_run_that_embeds_nothing_does_not_fix_a_folders_settings(embed, checkpoints, recordings, workplace) -> None:
     bad = write_bad(workplace / "junk.wav")
     assert embed(bad, "-o", "out").code == 1
     assert not list(workplace.rglob("*.npy"))
@@ -729,7 +726,7 @@ def test_folder_output_in_which_nothing_was_made_binds_nobody_to_its_settings(
     assert (outcome.code, outcome.out) == (1, "out: 1 of 2 files embedded\n")
 
 
-def test_samples_in_the_range_of_integers_are_warned_about_by_name(embed, recordings, workplace) -> None:
+def test_unscaled_integer_samples_are_named_in_a_warning(embed, recordings, workplace) -> None:
     loud = workplace / "loud.wav"
     soundfile.write(loud, 20_000 * tone(16_000, 0.5, 1, 1), 16_000, subtype="FLOAT")
     outcome = embed(loud, recordings / "a.wav", "-o", "out.npz")
@@ -750,7 +747,14 @@ def test_help_shows_examples(embed, weights) -> None:
     assert "\n  hear-embed recordings/ -o embeddings.npz\n" in outcome.out
     for option in ("--model", "--weights", "--timestamps", "--device", "--precision", "--batch-seconds", "--jobs"):
         assert option in outcome.out
+    assert "\n  hear-weights show weights/\n  hear-weights import " in weights("--help").out
     assert "example: hear-weights import " in weights("import", "--help").out
+
+
+def test_version_is_that_of_the_package(embed, weights) -> None:
+    for command, name in ((embed, "hear-embed"), (weights, "hear-weights")):
+        outcome = command("--version")
+        assert (outcome.code, outcome.out, outcome.err) == (0, f"{name} {hear_encoders.__version__}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -809,7 +813,7 @@ def test_bad_usage_writes_nothing_and_says_why(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none_is_bad_usage(embed, recordings, workplace) -> None:
+def test_missing_cuda_device_is_bad_usage(embed, recordings, workplace) -> None:
     outcome = embed(recordings, "-o", "out.npz", "--device", "cuda:99")
     assert outcome.code == 2
     assert "--device cuda:99: " in outcome.err
@@ -828,7 +832,7 @@ def test_weights_of_the_other_family_are_refused(
     assert not Path("new").exists()
 
 
-def test_released_checkpoint_as_weights_is_told_how_to_import_it(embed, recordings, workplace) -> None:
+def test_released_checkpoint_as_weights_suggests_importing_it(embed, recordings, workplace) -> None:
     Path("released.pth").write_bytes(b"anything")
     outcome = embed(recordings, "-o", "out.npz", "--weights", "released.pth")
     assert outcome.code == 2
@@ -836,7 +840,7 @@ def test_released_checkpoint_as_weights_is_told_how_to_import_it(embed, recordin
     assert not Path("out.npz").exists()
 
 
-def test_damaged_weights_are_refused_by_name(embed, recordings, checkpoints, workplace) -> None:
+def test_damaged_weights_are_named(embed, recordings, checkpoints, workplace) -> None:
     shutil.copytree(checkpoints["audiomaepp"], "damaged")
     weights = Path("damaged/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -852,21 +856,21 @@ def test_parquet_without_pyarrow_says_what_to_install(embed, recordings, workpla
     assert outcome.code == 2
     assert "pip install 'hear-audiomaepp[parquet]'" in outcome.err
     assert not Path("new").exists()
-    assert embed(recordings, "-o", "out.npz").code == 0  # which needs none
+    assert embed(recordings, "-o", "out.npz").code == 0  # needs no pyarrow
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Runs that are cut off
+# Interrupted runs
 
 
 class Interruption(Exception):
-    """Not an error the command expects."""
+    """An error that the command does not expect."""
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interruption()], ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("output", ["out.npz", "out.parquet"])
 @pytest.mark.parametrize("timestamps", [[], ["--timestamps"]])
-def test_interrupted_run_leaves_neither_half_a_file_nor_a_temporary_one(
+def test_interrupted_run_leaves_no_partial_or_temporary_file(
     embed, interrupt, recordings, workplace, output: str, error: BaseException, timestamps: list[str]
 ) -> None:
     needs_pyarrow(output)
@@ -881,9 +885,7 @@ def test_interrupted_run_leaves_neither_half_a_file_nor_a_temporary_one(
 
 
 @pytest.mark.parametrize("output", ["out.npz", "out.parquet"])
-def test_interrupted_run_leaves_the_earlier_output_as_it_was(
-    embed, interrupt, recordings, workplace, output: str
-) -> None:
+def test_interrupted_run_keeps_the_earlier_output(embed, interrupt, recordings, workplace, output: str) -> None:
     needs_pyarrow(output)
     embed(recordings / "a.wav", "-o", output)
     before = Path(output).read_bytes()
@@ -894,9 +896,7 @@ def test_interrupted_run_leaves_the_earlier_output_as_it_was(
     assert files_in(workplace) == [output]
 
 
-def test_interrupted_folder_run_keeps_what_is_done_and_goes_on_from_there(
-    embed, interrupt, decoded, recordings, expected, workplace
-) -> None:
+def test_interrupted_folder_run_resumes(embed, interrupt, decoded, recordings, expected, workplace) -> None:
     interrupt(3, KeyboardInterrupt())
     with contextlib.suppress(KeyboardInterrupt):
         embed(recordings, "-o", "out", "--batch-seconds", 0.1)
@@ -914,7 +914,7 @@ def test_interrupted_folder_run_keeps_what_is_done_and_goes_on_from_there(
 
 
 @pytest.mark.parametrize("output, function", [("out.npz", "savez"), ("out", "save")])
-def test_failed_write_leaves_nothing_that_looks_done(
+def test_failed_write_leaves_no_embedding_file(
     embed, recordings, workplace, monkeypatch, output: str, function: str
 ) -> None:
     write = getattr(np, function)
@@ -933,7 +933,8 @@ def test_failed_write_leaves_nothing_that_looks_done(
 
 
 @pytest.mark.parametrize("output", ["out.npz", "out.parquet", "out"])
-def test_full_disk_is_an_error_of_one_line(embed, recordings, workplace, output: str) -> None:
+def test_full_disk_gives_a_one_line_error(embed, recordings, workplace, output: str) -> None:
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # Python ignores the signal that comes with it
     try:
@@ -946,7 +947,7 @@ def test_full_disk_is_an_error_of_one_line(embed, recordings, workplace, output:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# A folder that is there already
+# Resuming a folder
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -955,7 +956,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("timestamps", [[], ["--timestamps"]])
-def test_second_run_on_a_folder_makes_only_what_is_missing(
+def test_second_run_on_a_folder_embeds_only_missing_files(
     embed, decoded, recordings, workplace, timestamps: list[str]
 ) -> None:
     assert embed(recordings, "-o", "out", *timestamps).code == 0
@@ -980,7 +981,7 @@ def test_second_run_on_a_folder_makes_only_what_is_missing(
     assert all("c.ogg" in name for name in before if before[name] != after[name])
 
 
-def test_output_folder_may_lie_in_the_input_folder(embed, recordings, workplace) -> None:
+def test_output_folder_may_be_inside_the_input_folder(embed, recordings, workplace) -> None:
     shutil.copytree(recordings, "in")
     for expected_end in ("5 of 5 files embedded\n", "5 of 5 files there before\n"):
         outcome = embed("in", "-o", "in/embeddings")
@@ -988,7 +989,7 @@ def test_output_folder_may_lie_in_the_input_folder(embed, recordings, workplace)
         assert outcome.out.endswith(expected_end)
 
 
-def test_embeddings_of_unknown_making_are_neither_taken_nor_replaced(embed, recordings, workplace) -> None:
+def test_embeddings_with_unknown_settings_are_neither_used_nor_replaced(embed, recordings, workplace) -> None:
     assert embed(recordings, "-o", "out").code == 0
     Path("out/hear-embed.json").unlink()
     before = snapshot(workplace / "out")
@@ -998,7 +999,7 @@ def test_embeddings_of_unknown_making_are_neither_taken_nor_replaced(embed, reco
     assert snapshot(workplace / "out") == before
 
 
-def test_name_that_is_too_long_fails_alone_the_second_time_too(embed, recordings, workplace) -> None:
+def test_file_name_that_is_too_long_fails_alone_in_every_run(embed, recordings, workplace) -> None:
     long = recordings.with_name("long")
     long.mkdir()
     os.link(recordings / "a.wav", long / "a.wav")
@@ -1009,7 +1010,7 @@ def test_name_that_is_too_long_fails_alone_the_second_time_too(embed, recordings
         assert "its name is too long for the output" in outcome.err
 
 
-def test_files_that_failed_are_tried_again(embed, recordings, workplace) -> None:
+def test_failed_files_are_tried_again(embed, recordings, workplace) -> None:
     shutil.copytree(recordings, "in")
     write_bad(Path("in/junk.wav"))
     for _ in range(2):
@@ -1041,7 +1042,7 @@ def test_folder_does_not_mix_settings(
 ) -> None:
     first, second = ([str(checkpoints.get(argument, argument)) for argument in words] for words in (first, second))
     assert embed(recordings, "-o", "out", *first).code == 0
-    (workplace / "out" / "a.wav.npy").unlink()  # there would be something to do
+    (workplace / "out" / "a.wav.npy").unlink()  # so that there is something to do
     names, before = files_in(workplace), snapshot(workplace / "out")
     outcome = embed(recordings, "-o", "out", *second)
     assert outcome.code == 2
@@ -1051,7 +1052,7 @@ def test_folder_does_not_mix_settings(
     assert embed(recordings, "-o", "out", *first).code == 0
 
 
-def test_same_weights_from_elsewhere_are_the_same_settings(embed, recordings, checkpoints, workplace) -> None:
+def test_moved_weights_are_the_same_settings(embed, recordings, checkpoints, workplace) -> None:
     assert embed(recordings, "-o", "out").code == 0
     shutil.copytree(checkpoints["audiomaepp"], "moved")
     assert embed(recordings, "-o", "out", "--weights", "moved/model.safetensors").code == 0
@@ -1059,7 +1060,7 @@ def test_same_weights_from_elsewhere_are_the_same_settings(embed, recordings, ch
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_damaged_settings_of_a_folder_are_named(embed, recordings, workplace, content: str) -> None:
+def test_damaged_settings_record_is_named(embed, recordings, workplace, content: str) -> None:
     embed(recordings, "-o", "out")
     Path("out/hear-embed.json").write_text(content)
     outcome = embed(recordings, "-o", "out")
@@ -1067,14 +1068,12 @@ def test_damaged_settings_of_a_folder_are_named(embed, recordings, workplace, co
     assert str(Path("out/hear-embed.json")) in outcome.err
 
 
-def test_file_of_the_same_name_elsewhere_is_not_taken_for_one_that_is_done(
-    embed, recordings, expected, workplace
-) -> None:
-    """Two runs, on two folders that each hold an a.wav, into one output folder."""
+def test_file_of_the_same_name_in_another_folder_is_not_skipped(embed, recordings, expected, workplace) -> None:
+    """Two runs embed a.wav from two folders into one output folder."""
     first, second = recordings / "a.wav", recordings / "nested" / "a.wav"
     assert embed(first, "-o", "out").code == 0
     outcome = embed(second, "-o", "out")
-    if outcome.code == 0:  # then it is there, and so is the first
+    if outcome.code == 0:  # then the folder holds both
         found = list(read_scenes(workplace / "out", workplace).values())
         assert len(found) == 2
         for path in (first, second):
@@ -1084,7 +1083,7 @@ def test_file_of_the_same_name_elsewhere_is_not_taken_for_one_that_is_done(
         assert "out" in outcome.err
 
 
-def test_glob_that_comes_to_match_in_more_folders_makes_nothing_twice(embed, decoded, recordings, workplace) -> None:
+def test_glob_that_later_matches_more_folders_embeds_nothing_twice(embed, decoded, recordings, workplace) -> None:
     Path("calls/2024").mkdir(parents=True)
     shutil.copy(recordings / "a.wav", "calls/2024/x.wav")
     assert embed("calls/**/*.wav", "-o", "out").code == 0
@@ -1097,7 +1096,7 @@ def test_glob_that_comes_to_match_in_more_folders_makes_nothing_twice(embed, dec
 
 
 # ---------------------------------------------------------------------------------------------------------
-# As a process of its own
+# Processes and terminals
 
 WATCHED_ENTRY = """
 import sys
@@ -1114,38 +1113,42 @@ sys.exit(f"imported {unwanted}" if unwanted else code)
 """
 
 
-def test_process_is_silent_but_for_its_result_and_needs_no_network(
-    recordings, checkpoints, expected, workplace
-) -> None:
+def test_process_prints_only_its_result_and_needs_no_network(recordings, checkpoints, expected, workplace) -> None:
     junk = write_bad(workplace / "junk.wav")
     arguments = [recordings, junk, "-o", "out.npz", "--device", "cpu", "--weights", checkpoints["audiomaepp"]]
-    process = start(WATCHED_ENTRY, *arguments)
-    said, complained = process.communicate()
-    assert said == "out.npz: 5 of 6 files embedded\n"
-    assert complained == f"hear-embed: failed: {junk}: not readable as audio (Format not recognised.)\n"  # no bar
+    process = run_python(WATCHED_ENTRY, *arguments)
+    assert process.stdout == "out.npz: 5 of 6 files embedded\n"
+    assert process.stderr == f"hear-embed: failed: {junk}: not readable as audio (Format not recognised.)\n"  # no bar
     assert process.returncode == 1
     for name, scene in read_scenes(workplace / "out.npz", recordings).items():
         assert_close(scene, expected(recordings / name))
 
 
-def test_terminal_gets_a_progress_bar(recordings, checkpoints, workplace) -> None:
+def test_terminal_shows_a_progress_bar(embed, recordings, workplace, monkeypatch) -> None:
     pty, termios, fcntl = (pytest.importorskip(name) for name in ("pty", "termios", "fcntl"))
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns
-    arguments = [recordings, "-o", "out.npz", "--device", "cpu", "--weights", checkpoints["audiomaepp"]]
-    with start(ENTRY, *arguments, stderr=end) as process:
-        os.close(end)
-        shown = b""
-        with contextlib.suppress(OSError):  # EIO: the process has ended
-            while piece := os.read(terminal, 4096):
-                shown += piece
-        os.close(terminal)
-        assert process.stdout.read() == "out.npz: 5 of 5 files embedded\n"
-    assert process.returncode == 0
+    with ThreadPoolExecutor(1) as pool:
+        shown_later = pool.submit(read_terminal, terminal)
+        with os.fdopen(end, "w") as stderr, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stderr)
+            outcome = embed(recordings, "-o", "out.npz")
+        shown = shown_later.result()
+    assert (outcome.code, outcome.out) == (0, "out.npz: 5 of 5 files embedded\n")
     assert b"100%" in shown and b"5/5" in shown and b"file" in shown
 
 
-def test_no_bar_where_there_is_no_terminal(embed, recordings, workplace) -> None:
+def read_terminal(terminal: int) -> bytes:
+    """Read all that is written to a pseudo-terminal, until its other end is closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    os.close(terminal)
+    return shown
+
+
+def test_no_progress_bar_without_a_terminal(embed, recordings, workplace) -> None:
     assert embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1).err == ""
 
 
@@ -1154,7 +1157,7 @@ def test_no_bar_where_there_is_no_terminal(embed, recordings, workplace) -> None
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_show_prints_what_a_checkpoint_is(weights, checkpoints, name: str) -> None:
+def test_show_describes_a_checkpoint(weights, checkpoints, name: str) -> None:
     file = checkpoints[name] / "model.safetensors"
     parameters = sum(parameter.numel() for parameter in build_encoder(CONFIGS[name]).parameters())
     for source in (checkpoints[name], file):
@@ -1180,7 +1183,7 @@ def test_show_prints_what_a_checkpoint_is(weights, checkpoints, name: str) -> No
     assert ("flip" in lines) == (name == "axlstm")
 
 
-def test_show_says_what_is_wrong(weights, checkpoints, workplace) -> None:
+def test_show_names_the_problem(weights, checkpoints, workplace) -> None:
     Path("released.pth").write_bytes(b"anything")
     Path("notes.txt").write_text("anything")
     Path("empty").mkdir()
@@ -1205,7 +1208,26 @@ def test_show_says_what_is_wrong(weights, checkpoints, workplace) -> None:
             assert complaint in line
 
 
-def test_import_prints_what_it_wrote_and_the_result_embeds(weights, embed, recordings, workplace) -> None:
+@pytest.mark.parametrize("module", [hear_audiomaepp, hear_axlstm], ids=lambda module: module.__name__)
+def test_show_describes_bundled_weights_by_the_name_of_their_module(weights, workplace, module) -> None:
+    Path(module.__name__).mkdir()  # as in a checkout; not a checkpoint
+    outcome = weights("show", module.__name__)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == weights("show", Path(module.__file__).parent / "weights").out
+    outcome = weights("show", module.__name__, "--revision", "main")
+    assert outcome.code == 2 and "bundled weights" in outcome.err
+
+
+def test_show_into_a_closed_pipe_ends_quietly(weights, checkpoints, monkeypatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        outcome = weights("show", checkpoints["mae"])
+    assert (outcome.code, outcome.out, outcome.err) == (1, "", "")
+
+
+def test_import_describes_its_result_which_embeds(weights, embed, recordings, workplace) -> None:
     outcome = weights("import", GOLDEN / "ssast.pth", "new/ssast", "--heads", 3)
     assert (outcome.code, outcome.err) == (0, "")
     assert files_in(workplace / "new") == ["ssast/config.json", "ssast/model.safetensors"]
@@ -1214,19 +1236,19 @@ def test_import_prints_what_it_wrote_and_the_result_embeds(weights, embed, recor
     assert embed(recordings / "a.wav", "-o", "out.npz", "--model", "hear_axlstm", "--weights", "new/ssast").code == 0
 
 
-def test_import_takes_what_the_tensors_cannot_tell(weights, workplace) -> None:
-    for words, flip, gate in [
-        ([], "True", "exponential"),
-        (["--no-flip", "--input-gate", "sigmoid"], "False", "sigmoid"),
+def test_import_options_set_what_the_tensors_do_not_tell(weights, workplace) -> None:
+    for output, words, flip, gate in [
+        ("default", [], "True", "exponential"),
+        ("given", ["--no-flip", "--input-gate", "sigmoid"], "False", "sigmoid"),
     ]:
-        outcome = weights("import", GOLDEN / "axlstm_e3_noflip.pth", "out", *words)
+        outcome = weights("import", GOLDEN / "axlstm_e3_noflip.pth", output, *words)
         assert outcome.code == 0
-        assert ("if it was not, give --no-flip" in outcome.err) == (flip == "True")  # a guess is named
+        assert ("if it was not, give --no-flip" in outcome.err) == (flip == "True")  # a guess is reported
         assert re.search(rf"^flip +{flip}$", outcome.out, re.MULTILINE)
         assert re.search(rf"^input_gate +{gate}$", outcome.out, re.MULTILINE)
 
 
-def test_import_says_what_is_wrong_and_writes_nothing(weights, workplace) -> None:
+def test_failed_import_names_the_problem_and_writes_nothing(weights, workplace) -> None:
     Path("junk.pth").write_bytes(b"junk")
     torch.save({"model": {"weight": torch.zeros(3)}}, "foreign.pth")
     torch.save([1, 2], "list.pth")
@@ -1245,13 +1267,24 @@ def test_import_says_what_is_wrong_and_writes_nothing(weights, workplace) -> Non
         assert complaint in outcome.err
         assert files_in(workplace) == names
         assert not Path("out").exists()
-    outcome = weights("import", GOLDEN / "ssast.pth", "junk.pth", "--heads", 3)  # where a file is in the way
+    outcome = weights("import", GOLDEN / "ssast.pth", "junk.pth", "--heads", 3)  # a file is in the way
     assert outcome.code == 2
     assert "junk.pth" in outcome.err
     assert Path("junk.pth").read_bytes() == b"junk"
 
 
-def test_commands_without_their_arguments_are_bad_usage(weights) -> None:
+def test_import_refuses_a_directory_that_is_not_empty(weights, workplace) -> None:
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("anything")
+    Path("empty").mkdir()
+    outcome = weights("import", GOLDEN / "ssast.pth", "full", "--heads", 3)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == "hear-weights: error: full is not empty: choose another directory\n"
+    assert files_in(workplace) == ["full/notes.txt"]
+    assert weights("import", GOLDEN / "ssast.pth", "empty", "--heads", 3).code == 0
+
+
+def test_missing_or_invalid_arguments_are_bad_usage(weights) -> None:
     for arguments in ([], ["show"], ["import", "x.pth"], ["nosuch"], ["import", "x.pth", "out", "--heads", "0"]):
         outcome = weights(*arguments)
         assert outcome.code == 2

@@ -1,4 +1,4 @@
-"""`torchrun -m hear_encoders.cli.embed_corpus`: every file once, whatever happens to the processes."""
+"""`torchrun -m hear_encoders.cli.embed_corpus`: every file once, even if processes are killed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def torchrun(*arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
     )
 
 
-def kill_a_worker_at_work(launcher: subprocess.Popen[str], output: Path) -> None:
+def kill_worker(launcher: subprocess.Popen[str], output: Path) -> None:
+    """Kill a worker as soon as the first part is written."""
     while not list(output.glob("part-*.parquet")):
         assert launcher.poll() is None, launcher.communicate()[0]
         time.sleep(0.01)
@@ -69,7 +70,7 @@ def kill_a_worker_at_work(launcher: subprocess.Popen[str], output: Path) -> None
 
 
 def rows(output: Path) -> dict[str, np.ndarray]:
-    """Embeddings by path, from the folder as one table; no path may be there twice."""
+    """Read embeddings by path, from the folder as one table; check that no path occurs twice."""
     table = parquet.read_table(output)
     paths = table["path"].to_pylist()
     assert len(set(paths)) == len(paths)
@@ -77,7 +78,7 @@ def rows(output: Path) -> dict[str, np.ndarray]:
 
 
 def assert_complete(output: Path, recordings: Path, weights: Path) -> None:
-    """Every file is there once, with the embedding that the model gives it."""
+    """Check that every file occurs once, with the model's embedding of it."""
     got = rows(output)
     files = sorted(str(path) for path in recordings.rglob("*.wav"))
     assert sorted(got) == files
@@ -89,20 +90,18 @@ def assert_complete(output: Path, recordings: Path, weights: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("restarts", [1, 0], ids=["torchrun restarts it", "the command is given again"])
-def test_a_killed_worker_loses_and_doubles_nothing(restarts, recordings, weights, tmp_path):
+def test_killed_worker_loses_no_file_and_repeats_none(restarts, recordings, weights, tmp_path):
     output = tmp_path / "out"
     arguments = [recordings, "-o", output, "--weights", weights, "--part-files", 1]
     launcher = torchrun(*arguments, restarts=restarts)
-    kill_a_worker_at_work(launcher, output)
+    kill_worker(launcher, output)
     log, _ = launcher.communicate()
     assert (launcher.returncode == 0) == (restarts > 0), log
     if not restarts:
         assert len(list(output.glob("_part-??????.json"))) < FILES
         before = {path: path.stat().st_mtime_ns for path in output.glob("_part-??????.json")}
-        again = torchrun(*arguments)
-        log, _ = again.communicate()
-        assert again.returncode == 0, log
-        assert {path: path.stat().st_mtime_ns for path in before} == before  # what was done is not done again
+        assert main([str(argument) for argument in arguments]) == 0  # with another number of processes
+        assert {path: path.stat().st_mtime_ns for path in before} == before  # finished parts are not embedded again
     assert_complete(output, recordings, weights)
 
 
@@ -110,7 +109,7 @@ def run(recordings: Path, output: Path, *arguments: object) -> int:
     return main([str(recordings), "-o", str(output), *map(str, arguments)])
 
 
-def test_one_process_needs_no_launcher_and_new_files_become_new_parts(recordings, weights, tmp_path, capsys):
+def test_one_process_needs_no_launcher_and_new_files_form_new_parts(recordings, weights, tmp_path, capsys):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for name in ("b", "c", "d"):
@@ -129,7 +128,7 @@ def test_one_process_needs_no_launcher_and_new_files_become_new_parts(recordings
     assert record["files"] == 2 and len(record["failures"]) == 1
 
 
-def test_a_part_without_a_readable_file_is_done_too(weights, tmp_path):
+def test_part_without_a_readable_file_counts_as_done(weights, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "junk.wav").write_bytes(b"no sound")
     assert run(tmp_path / "in", tmp_path / "out", "--weights", weights) == 0
@@ -140,7 +139,7 @@ def test_a_part_without_a_readable_file_is_done_too(weights, tmp_path):
     ]
 
 
-def test_parts_are_cut_by_size_too(recordings, weights, tmp_path):
+def test_parts_have_a_largest_size(recordings, weights, tmp_path):
     assert run(recordings, tmp_path / "out", "--weights", weights, "--part-mb", 0.2) == 0
     sizes = [
         sum((recordings / name).stat().st_size for name in json.loads(path.read_text()))
@@ -150,7 +149,7 @@ def test_parts_are_cut_by_size_too(recordings, weights, tmp_path):
     assert_complete(tmp_path / "out", recordings, weights)
 
 
-def test_a_machine_that_can_embed_nothing_does_not_call_it_done(recordings, weights, tmp_path, monkeypatch):
+def test_broken_machine_does_not_mark_a_part_as_done(recordings, weights, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("CUDA error: unspecified launch failure")
 
@@ -163,7 +162,7 @@ def test_a_machine_that_can_embed_nothing_does_not_call_it_done(recordings, weig
     assert_complete(tmp_path / "out", recordings, weights)
 
 
-def test_recordings_that_are_out_of_reach_are_not_called_done(weights, tmp_path, monkeypatch):
+def test_unmounted_recordings_do_not_mark_a_part_as_done(weights, tmp_path, monkeypatch):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     soundfile.write(folder / "a.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
@@ -185,7 +184,7 @@ def test_recordings_that_are_out_of_reach_are_not_called_done(weights, tmp_path,
     assert parquet.read_table(output).num_rows == 1
 
 
-def test_a_planning_that_is_cut_short_is_gone_on_with(recordings, weights, tmp_path, monkeypatch):
+def test_interrupted_planning_resumes(recordings, weights, tmp_path, monkeypatch):
     def cut_short(path, *_):
         if "files" in path.name:
             raise KeyboardInterrupt
@@ -200,7 +199,7 @@ def test_a_planning_that_is_cut_short_is_gone_on_with(recordings, weights, tmp_p
     assert_complete(tmp_path / "out", recordings, weights)
 
 
-def test_a_file_that_was_deleted_since_it_was_found_has_failed(weights, tmp_path, monkeypatch, capsys):
+def test_file_deleted_after_planning_is_a_failure(weights, tmp_path, monkeypatch, capsys):
     for name in "ab":
         soundfile.write(tmp_path / f"{name}.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
     find = embed_corpus.find_audio
@@ -216,15 +215,15 @@ def test_a_file_that_was_deleted_since_it_was_found_has_failed(weights, tmp_path
     assert parquet.read_table(tmp_path / "out")["path"].to_pylist() == [str(tmp_path / "b.wav")]
 
 
-def test_another_process_must_embed_with_the_same_settings(recordings, weights, tmp_path, monkeypatch, capsys):
+def test_every_process_must_have_the_same_settings(recordings, weights, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     assert run(recordings / "0", output, "--weights", weights) == 0
-    monkeypatch.setattr(embed_corpus, "_agree_on_parts", lambda *_: [])  # as in a process that does not make the plan
+    monkeypatch.setattr(embed_corpus, "_agree_on_parts", lambda *_: [])  # as in a process that is not rank 0
     assert run(recordings / "0", output, "--weights", weights, "--precision", "bfloat16") == 2
     assert "made with precision = 'float32', now 'bfloat16'" in capsys.readouterr().err
 
 
-def test_what_cannot_be_done_is_said_before_anything_is(recordings, weights, tmp_path, capsys):
+def test_impossible_requests_fail_before_any_work(recordings, weights, tmp_path, capsys):
     output = tmp_path / "out"
     assert run(tmp_path / "nowhere", output, "--weights", weights) == 2
     assert "no such file or folder" in capsys.readouterr().err

@@ -23,7 +23,7 @@ SUBTYPES = {
 
 
 class Pipe(io.RawIOBase):
-    """Gives bytes in pieces of random sizes, as a pipe may, and cannot be sought."""
+    """Returns bytes in pieces of random sizes, as a pipe may, and cannot seek."""
 
     def __init__(self, data: bytes, largest: int = 977) -> None:
         self.data, self.largest, self.random = data, largest, np.random.default_rng(0)
@@ -43,7 +43,7 @@ def piped(data: bytes, raw: PCM | None = None) -> np.ndarray:
 
 @pytest.fixture
 def sound() -> np.ndarray:
-    """(frames, 2), a bit more than a second."""
+    """(50001, 2) at 44.1 kHz."""
     random = np.random.default_rng(1)
     seconds = np.arange(50001) / 44100
     tones = np.stack([np.sin(2 * np.pi * 440 * seconds), np.sin(2 * np.pi * 3000 * seconds)], axis=1)
@@ -52,16 +52,16 @@ def sound() -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["WAV", "WAVEX"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_piped_wav_is_the_file(encoding, kind, sound, tmp_path):
+def test_piped_wav_equals_the_file(encoding, kind, sound, tmp_path):
     soundfile.write(tmp_path / "a.wav", sound, 44100, SUBTYPES[encoding], format=kind)
     expected = load_audio(tmp_path / "a.wav").numpy()
-    got = piped((tmp_path / "a.wav").read_bytes(), PCM("f64le", 8000, 7))  # which the header overrides
+    got = piped((tmp_path / "a.wav").read_bytes(), PCM("f64le", 8000, 7))  # the header overrides it
     assert got.dtype == np.float32 and got.shape == expected.shape
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_raw_samples_are_read_as_told(encoding, sound, tmp_path):
+def test_raw_samples_are_read_in_the_given_format(encoding, sound, tmp_path):
     soundfile.write(tmp_path / "a.raw", sound, 16000, SUBTYPES[encoding], endian="LITTLE")
     soundfile.write(tmp_path / "a.wav", sound, 16000, SUBTYPES[encoding])
     data = (tmp_path / "a.raw").read_bytes()
@@ -70,7 +70,7 @@ def test_raw_samples_are_read_as_told(encoding, sound, tmp_path):
     np.testing.assert_array_equal(piped(data + b"\1" * (len(data) // 50001 - 1), PCM(encoding, 16000, 2)), expected)
 
 
-def test_a_pipes_wav_may_not_know_its_length_and_what_follows_the_samples_is_not_sound(sound, tmp_path):
+def test_piped_wav_may_lack_its_length_and_have_other_chunks(sound, tmp_path):
     soundfile.write(tmp_path / "a.wav", sound[:, 0], 16000, "PCM_16")
     wav = (tmp_path / "a.wav").read_bytes()
     at = wav.index(b"data") + 4
@@ -83,7 +83,7 @@ def test_a_pipes_wav_may_not_know_its_length_and_what_follows_the_samples_is_not
     np.testing.assert_array_equal(piped(wav[:12] + extra + wav[12:]), expected)  # and before the format
 
 
-def test_nothing_gives_nothing():
+def test_empty_input_gives_no_samples():
     assert piped(b"").size == 0
     assert piped(b"\0\0\0", PCM("f32le")).size == 0
 
@@ -92,7 +92,7 @@ def test_nothing_gives_nothing():
     ("data", "message"),
     [
         (b"RIFF\0\0\0\0AVI LIST", "another kind of RIFF"),
-        (b"fLaC\0\0\0\0", "got FLAC: decode it before"),
+        (b"fLaC\0\0\0\0", "got FLAC: decode it first"),
         (b"ID3\4\0\0\0\0", "got MP3"),
         (b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0\1\0", "ends inside the WAV header"),
         (b"RIFF\0\0\0\0WAVEdata\0\0\0\0", "no 'fmt '"),
@@ -101,19 +101,19 @@ def test_nothing_gives_nothing():
         (b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + struct.pack("<HHIIHH", 1, 0, 16000, 0, 0, 16), "16000 Hz and 0"),
     ],
 )
-def test_a_damaged_header_is_named(data, message):
+def test_damaged_header_is_named(data, message):
     with pytest.raises(ValueError, match=message):
         piped(data)
 
 
 @pytest.mark.parametrize("head", [b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"])
-def test_what_begins_as_mp3_is_read_as_samples_with_a_warning(head):
-    with pytest.warns(UserWarning, match="begins as MP3"):
+def test_input_that_begins_like_mp3_is_read_as_samples_with_a_warning(head):
+    with pytest.warns(UserWarning, match="begins like MP3"):
         assert piped(head + b"\0\0").size == 2
 
 
 def test_impossible_formats_are_refused():
     with pytest.raises(ValueError, match=r"encoding must be one of .*; got 'mp3'"):
         PCM("mp3")
-    with pytest.raises(ValueError, match="sample rate and channels, got 0 Hz"):
+    with pytest.raises(ValueError, match="sample rate and channels must be at least 1, got 0 Hz"):
         PCM(sample_rate=0)

@@ -1,1 +1,1 @@
-"""The commands: `hear-embed`, `hear-weights` and embedding a corpus under torchrun."""
+"""Commands: `hear-embed`, `hear-weights`, and embedding a corpus under torchrun."""

@@ -1,15 +1,15 @@
-"""The command `hear-embed`: embeddings of audio files, or of audio on standard input."""
+"""The command `hear-embed`: embed audio files, or audio that arrives on standard input."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
 
+from hear_encoders import __version__
 from hear_encoders.audio import AudioFile, find_audio
 from hear_encoders.cli.corpus import embed_files
 from hear_encoders.cli.options import MODELS, add_embedding_arguments, embedding_settings, load_embedder
@@ -18,7 +18,8 @@ from hear_encoders.console import (
     BAD_USAGE,
     FAILED,
     INTERRUPTED,
-    not_negative,
+    discard_stdout,
+    non_negative,
     output_path,
     positive,
     print_error,
@@ -30,42 +31,55 @@ from hear_encoders.stream import DEFAULT_WARM_UP_S, AxLSTMStream
 
 STREAMING_MODEL = "hear_axlstm"
 
-
-_EMBED_EPILOG = """\
+_EPILOG = """\
 examples:
   hear-embed recordings/ -o embeddings.npz
   hear-embed 'calls/**/*.mp3' -o steps.parquet --timestamps --model hear_axlstm
   hear-embed a.wav b.flac -o embeddings/ --weights org/name --device cuda
   arecord -f S16_LE -r 16000 | hear-embed --stream - > steps.jsonl
 
-One scene embedding per file, or with --timestamps one embedding per 40 ms. A folder as output can be resumed:
-what it holds is skipped. Exit code 1: some files failed, the rest are done. Exit code 2: nothing was done.
+Writes one scene embedding per file, or with --timestamps one embedding per 40 ms. If OUT is a folder, files that it
+already holds are skipped, so an interrupted run can be resumed.
 
---stream reads WAV or raw samples from standard input and writes a line of JSON to standard output for each 40 ms as
-soon as they are over: {"timestamp_ms": ..., "embedding": [...]}.
+With --stream, reads WAV or raw samples from standard input. As soon as each 40 ms step is complete, writes it to
+standard output as one line of JSON: {"timestamp_ms": ..., "embedding": [...]}.
+
+exit status:
+  0  all files were embedded
+  1  some files failed, the rest were embedded; or the output could not be written
+  2  bad usage, nothing was embedded
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`hear-embed`: embed files, folders and globs of audio. Returns the exit code."""
+    """Run `hear-embed` and return its exit code."""
+    options = _parse(arguments)
+    with warnings_as_messages(options.prog):
+        return _embed_stream(options) if options.stream else _embed_files(options)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "hear-embed",
-        description="Embed audio files: any format libsndfile reads, any sample rate, any channels.",
-        epilog=_EMBED_EPILOG,
+        description="Embed audio files of any format that libsndfile reads, at any sample rate, with any number of "
+        "channels.",
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-o", "--output", type=output_path, metavar="OUT", help=".npz, .parquet or a folder")
+    parser.set_defaults(prog=parser.prog)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("-o", "--output", type=output_path, metavar="OUT", help=".npz file, .parquet file or folder")
     parser.add_argument(
-        "--model", choices=MODELS, help=f"default: {MODELS[0]}, and with --stream {STREAMING_MODEL}, which can"
+        "--model", choices=MODELS, help=f"default: {MODELS[0]}; with --stream {STREAMING_MODEL}, the only one that can"
     )
     add_embedding_arguments(parser)
-    live = parser.add_argument_group("audio that is still arriving")
-    live.add_argument("--stream", action="store_true", help="embed standard input; INPUT is -")
+    live = parser.add_argument_group("streaming")
+    live.add_argument("--stream", action="store_true", help="embed standard input; INPUT must be -")
     live.add_argument(
         "--warm-up",
-        type=not_negative,
+        type=non_negative,
         metavar="N",
-        help=f"without --statistics: seconds to listen for before the first step; default: {DEFAULT_WARM_UP_S:g}",
+        help=f"without --statistics, seconds to listen before the first step; default: {DEFAULT_WARM_UP_S:g}",
     )
     raw = PCM()
     live.add_argument("--encoding", choices=ENCODINGS, help=f"of raw samples; default: {raw.encoding}")
@@ -74,75 +88,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     live.add_argument("--channels", type=positive(int), metavar="N", help=f"of raw samples; default: {raw.channels}")
     options = parser.parse_args(arguments)
+
     options.model = options.model or (STREAMING_MODEL if options.stream else MODELS[0])
-    of_files = (options.output, options.timestamps, options.compile, options.pooling != "mean")
-    if options.stream and (options.inputs != ["-"] or any(of_files)):
+    file_options = (options.output, options.timestamps, options.compile, options.pooling != "mean")
+    if options.stream and (options.inputs != ["-"] or any(file_options)):
         parser.error("--stream takes - as its only input, and no --output, --timestamps, --pooling or --compile")
     if not options.stream and not options.output:
         parser.error("the following arguments are required: -o/--output")
-    of_streams = (options.warm_up, options.encoding, options.sample_rate, options.channels)
-    if not options.stream and any(value is not None for value in of_streams):
+    stream_options = (options.warm_up, options.encoding, options.sample_rate, options.channels)
+    if not options.stream and any(value is not None for value in stream_options):
         parser.error("--warm-up, --encoding, --sample-rate and --channels go with --stream")
-    with warnings_as_messages(parser.prog):
-        if options.stream:
-            return _stream(parser.prog, options)
-        try:
-            kind = output_kind(options.output)
-            root, files = find_audio(options.inputs)
-            embedder = load_embedder(options)
-            settings = embedding_settings(embedder, options.model, root) if kind == "folder" else {}
-            output = open_output(options.output, options.timestamps, settings)
-            todo = [file for file in files if not output.has(file.name)]
-        except (OSError, ValueError) as error:
-            print_error(parser.prog, f"error: {error}")
-            return BAD_USAGE
-        return _embed(parser.prog, embedder, todo, len(files), output, options)
+    return options
 
 
-def _embed(
-    prog: str, embedder: Embedder, todo: list[AudioFile], files: int, output: Output, options: argparse.Namespace
-) -> int:
-    """Embed those of so many files that are not there yet. Returns the exit code."""
-    skipped = files - len(todo)
+def _embed_files(options: argparse.Namespace) -> int:
+    """Embed files and return the exit code."""
     try:
-        with tqdm(total=len(todo), unit="file", disable=None) as bar:  # None: only on a terminal
+        kind = output_kind(options.output)
+        root, files = find_audio(options.inputs)
+        embedder = load_embedder(options)
+        settings = embedding_settings(embedder, options.model, root) if kind == "folder" else {}
+        output = open_output(options.output, options.timestamps, settings)
+        missing = [file for file in files if not output.has(file.name)]
+    except (OSError, ValueError) as error:
+        print_error(options.prog, f"error: {error}")
+        return BAD_USAGE
+    return _embed_missing(embedder, missing, len(files), output, options)
+
+
+def _embed_missing(
+    embedder: Embedder, missing: list[AudioFile], total: int, output: Output, options: argparse.Namespace
+) -> int:
+    """Embed the files, out of `total`, that the output does not hold yet, and return the exit code."""
+    try:
+        with tqdm(total=len(missing), unit="file", disable=None) as bar:  # None: only on a terminal
             failures = embed_files(
                 embedder,
-                todo,
+                missing,
                 output,
                 timestamps=options.timestamps,
                 batch_seconds=options.batch_seconds,
                 jobs=options.jobs,
                 on_done=bar.update,
             )
-        done = len(todo) - len(failures)
+        done = len(missing) - len(failures)
         if done:
             output.close()
         else:
             output.abort()
     except KeyboardInterrupt:
         output.abort()
-        print_error(prog, "interrupted")
+        print_error(options.prog, "interrupted")
         return INTERRUPTED
-    except OSError as error:  # of the output: those of inputs are failures of their files
+    except (OSError, ValueError) as error:  # from the output: an input that cannot be read is a failure of its own
         output.abort()
-        print_error(prog, f"error: {options.output}: {error}")
+        print_error(options.prog, f"error: {options.output}: {error}")
         return FAILED
     except BaseException:
         output.abort()
         raise
+    skipped = total - len(missing)
     there_before = f", {skipped} there before" if skipped else ""
-    if todo:
-        print(f"{options.output}: {done} of {files} files embedded{there_before}")
+    if missing:
+        print(f"{options.output}: {done} of {total} files embedded{there_before}")
     else:
-        print(f"{options.output}: nothing new, {skipped} of {files} files there before")
+        print(f"{options.output}: nothing new, {skipped} of {total} files there before")
     for failure in failures:
-        print_error(prog, f"failed: {failure.reason}")
+        print_error(options.prog, f"failed: {failure.reason}")
     return FAILED if failures else 0
 
 
-def _stream(prog: str, options: argparse.Namespace) -> int:
-    """Embed standard input as it comes, a line of JSON for each step."""
+def _embed_stream(options: argparse.Namespace) -> int:
+    """Embed standard input as it arrives, one line of JSON per step, and return the exit code."""
     began = False
     try:
         warm_up_s = DEFAULT_WARM_UP_S if options.warm_up is None else options.warm_up
@@ -156,19 +173,19 @@ def _stream(prog: str, options: argparse.Namespace) -> int:
             _write_steps(*stream.push(torch.from_numpy(block)))
         _write_steps(*stream.finish())
     except KeyboardInterrupt:
-        print_error(prog, "interrupted")
+        print_error(options.prog, "interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the lines has gone; Python must not try to write the rest at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        discard_stdout()
         return FAILED
     except (OSError, ValueError) as error:
-        print_error(prog, f"error: {error}")
+        print_error(options.prog, f"error: {error}")
         return FAILED if began else BAD_USAGE
     return 0
 
 
 def _write_steps(embeddings: torch.Tensor, timestamps_ms: torch.Tensor) -> None:
-    """Lines for (1, T, E) and (1, T). Nine digits are all that float32 has."""
+    """Write embeddings (1, T, E) and timestamps (1, T) as T lines of JSON. Nine digits are exact for float32."""
     for embedding, timestamp_ms in zip(embeddings[0].tolist(), timestamps_ms[0].tolist()):
         values = ", ".join(map("{:.9g}".format, embedding))
         sys.stdout.write(f'{{"timestamp_ms": {timestamp_ms:.10g}, "embedding": [{values}]}}\n')

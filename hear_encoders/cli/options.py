@@ -1,4 +1,4 @@
-"""Options that the embedding commands share, and the model they ask for."""
+"""Options shared by the embedding commands, and the model that they select."""
 
 from __future__ import annotations
 
@@ -12,44 +12,55 @@ import torch
 
 from hear_encoders import checkpoint
 from hear_encoders.console import positive
-from hear_encoders.embedder import DEFAULT_MAX_CHUNKS, Embedder, Framing, Pooling, Precision, resolve_precision
+from hear_encoders.embedder import DEFAULT_MAX_SEGMENTS, Embedder
+from hear_encoders.execution import Precision, resolve_precision
+from hear_encoders.framing import FRAMINGS
+from hear_encoders.hear import HearModule
+from hear_encoders.pooling import POOLINGS
 
 MODELS = ("hear_audiomaepp", "hear_axlstm")
 
 
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that embeds files takes, besides --output and --model: of what, which weights, and how."""
+    """Add the inputs and all options that embedding commands share, except --output and --model."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder (recursive) or glob pattern")
-    parser.add_argument("--weights", default="", help="directory, .safetensors or Hub org/name; default: bundled")
+    parser.add_argument("--weights", default="", help="directory, .safetensors file or Hub org/name; default: bundled")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--timestamps", action="store_true", help="one embedding per time step instead of per file")
-    parser.add_argument("--framing", choices=get_args(Framing), default="exact", help="default: %(default)s")
-    parser.add_argument("--device", help="such as cpu, cuda, cuda:1; default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--timestamps", action="store_true", help="write one embedding per 40 ms time step instead of one per file"
+    )
+    parser.add_argument(
+        "--framing",
+        choices=tuple(FRAMINGS),
+        default="exact",
+        help="placement of the time steps: exact, or as in the papers' released code; default: %(default)s",
+    )
+    parser.add_argument("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="default: %(default)s")
     parser.add_argument(
         "--pooling",
-        choices=get_args(Pooling),
+        choices=tuple(POOLINGS),
         default="mean",
-        help="of a file's steps: their mean, or with their standard deviation after it; default: %(default)s",
+        help="of time steps into one embedding per file: mean, or mean and standard deviation; default: %(default)s",
     )
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="with torch.compile: for GPUs and bfloat16; takes a minute or more at first",
+        help="use torch.compile, which helps on GPUs and in bfloat16; the first batch takes a minute or more",
     )
     parser.add_argument(
         "--statistics",
         nargs=2,
         type=float,
         metavar=("MEAN", "STD"),
-        help="of log-mel, to normalise with; default: each file's own, of a stream those of what it has heard",
+        help="normalize log-mel with these; default: each file's own, or of a stream, those of the audio so far",
     )
     parser.add_argument(
         "--batch-seconds",
         type=positive(float),
         default=120.0,
         metavar="N",
-        help="audio decoded and grouped at a time; default: 120",
+        help="seconds of audio per batch; default: %(default)g",
     )
     parser.add_argument(
         "--jobs",
@@ -60,17 +71,22 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def hear_module(name: str) -> HearModule:
+    """Import a HEAR module, one of MODELS."""
+    return importlib.import_module(name).MODULE
+
+
 def load_embedder(options: argparse.Namespace) -> Embedder:
-    """The model that the arguments of `add_embedding_arguments` ask for, on its device."""
+    """Load the model selected by `add_embedding_arguments` and --model, on its device."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # A CPU likes few chunks at a time, which stay in its cache; a GPU likes as many as there are.
-    chunks = max(1, int(options.batch_seconds / 2)) if device.startswith("cuda") else DEFAULT_MAX_CHUNKS
-    embedder = importlib.import_module(options.model).load_model(
+    # On a CPU few segments at a time are faster: they stay in the cache. A GPU takes the whole batch.
+    segments = max(1, int(options.batch_seconds / 2)) if device.startswith("cuda") else DEFAULT_MAX_SEGMENTS
+    embedder = hear_module(options.model).load_model(
         options.weights,
         revision=options.revision,
         framing=options.framing,
         precision=options.precision,
-        max_chunks=chunks,
+        max_segments=segments,
         statistics=options.statistics,
         pooling=options.pooling,
         compile=options.compile,
@@ -82,13 +98,14 @@ def load_embedder(options: argparse.Namespace) -> Embedder:
 
 
 def embedding_settings(embedder: Embedder, model: str, root: Path) -> dict[str, Any]:
-    """What the names and numbers in an output depend on."""
+    """Return the settings that names and values in an output depend on, as plain JSON values."""
     return {
         "root": str(root),
         "model": model,
         "weights": checkpoint.fingerprint(embedder.encoder),
         "framing": embedder.framing,
         "statistics": embedder.statistics and list(embedder.statistics),
+        # Left out at its default, as in the records of versions before this option.
         **({} if embedder.pooling == "mean" else {"pooling": embedder.pooling}),
         "precision": str(resolve_precision(embedder.precision, embedder.device)).removeprefix("torch."),
     }

@@ -1,20 +1,19 @@
-"""Where `hear-embed` puts embeddings: an `.npz` file, a `.parquet` file, or a folder of `.npy` files.
+"""Outputs of `hear-embed`: an `.npz` file, a `.parquet` file, or a folder of `.npy` files.
 
-All are written atomically. Arrays per kind of output and of embedding (E: embedding size, T: time steps):
+All files are written atomically. They hold (E: embedding size, T: time steps):
 
     .npz, scenes          paths (files,), embeddings (files, E)
-    .npz, timestamps      paths (files,), offsets (files + 1,), timestamps_ms (all T,), embeddings (all T, E);
-                          file i has the rows offsets[i]:offsets[i + 1]
-    .parquet, scenes      one row a file: path, embedding
-    .parquet, timestamps  one row a step: path, timestamp_ms, embedding
-    folder, scenes        NAME.npy (E,) for every file, in the folders the files lie in
+    .npz, timestamps      paths (files,), offsets (files + 1,), timestamps_ms (sum of T,), embeddings (sum of T, E);
+                          file i has rows offsets[i]:offsets[i + 1]
+    .parquet, scenes      one row per file: path, embedding
+    .parquet, timestamps  one row per time step: path, timestamp_ms, embedding
+    folder, scenes        NAME.npy (E,) for each file, in the same subfolders as the audio
     folder, timestamps    NAME.npy (T, E) and NAME.timestamps_ms.npy (T,)
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -23,12 +22,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from hear_encoders.audio import audio_extensions
-from hear_encoders.files import atomic_write, write_json
+from hear_encoders.files import atomic_write, write_or_check_settings
 
 SETTINGS_FILE = "hear-embed.json"
-PARQUET_ROWS = 1024  # in a row group, at least
+MIN_ROW_GROUP = 1024  # rows of Parquet
 
-# Suffixes that one expects to be honoured; any other name is a folder's.
+# A name with one of these suffixes is refused: it asks for a format we do not write. Any other name is a folder.
 _OTHER_FORMATS = audio_extensions() | {
     *(".npy", ".mat", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".pt", ".pth", ".pkl", ".safetensors"),
     *(".h5", ".hdf5", ".feather", ".arrow", ".zip", ".gz", ".tar"),
@@ -36,10 +35,14 @@ _OTHER_FORMATS = audio_extensions() | {
 
 
 class Output(Protocol):
-    """Takes the embeddings of one file at a time; `close` puts the result in place, `abort` leaves none."""
+    """Collects embeddings file by file. `close` completes the output; `abort` discards an unfinished one."""
 
     def has(self, name: str) -> bool:
-        """Is the file's embedding there already? Raises ValueError where something else is in its place."""
+        """Return whether the output already holds the embedding of audio file `name`.
+
+        Raises:
+            ValueError: it holds one, but not how it was made.
+        """
         ...
 
     def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None: ...
@@ -50,7 +53,7 @@ class Output(Protocol):
 
 
 def output_kind(path: Path) -> Literal["npz", "parquet", "folder"]:
-    """Tell what an output's name stands for.
+    """Return the kind of output that a path selects.
 
     Raises:
         ValueError: none of the three, or Parquet without pyarrow.
@@ -67,21 +70,21 @@ def output_kind(path: Path) -> Literal["npz", "parquet", "folder"]:
 
 
 def check_parquet() -> None:
-    """Raise ValueError where there is no pyarrow to write Parquet with."""
+    """Raise ValueError if pyarrow, which writes Parquet, is not installed."""
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError("Parquet needs pyarrow: pip install 'hear-audiomaepp[parquet]'")
 
 
 def open_output(path: Path, timestamps: bool, settings: dict[str, Any]) -> Output:
-    """Open the output that the name stands for (see `output_kind`).
+    """Open the output that the path selects (see `output_kind`).
 
     Args:
         path: ends in `.npz` or `.parquet`, or is a folder.
-        timestamps: whether timestamp embeddings will come.
-        settings: what the embeddings depend on. A folder keeps them, so that no two runs mix in it.
+        timestamps: timestamp embeddings will be added instead of scene embeddings.
+        settings: settings that the embeddings depend on. A folder records them, and refuses other ones later.
 
     Raises:
-        ValueError: as `output_kind`, or a folder that holds embeddings made with other settings.
+        ValueError: as `output_kind`, or the folder holds embeddings made with other settings.
     """
     kind = output_kind(path)
     if kind == "folder":
@@ -90,22 +93,14 @@ def open_output(path: Path, timestamps: bool, settings: dict[str, Any]) -> Outpu
     return NpzOutput(path, timestamps) if kind == "npz" else ParquetOutput(path, timestamps)
 
 
-def settings_difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first setting that is another now, in words; empty if there is none."""
-    for key in {**now, **earlier}:
-        if earlier.get(key) != now.get(key):
-            return f"{key} = {earlier.get(key)!r}, now {now.get(key)!r}"
-    return ""
-
-
 class NpzOutput:
-    """One `.npz` file, written at the end."""
+    """One `.npz` file, written by `close`."""
 
     def __init__(self, path: Path, timestamps: bool) -> None:
         self._timestamps = timestamps
         self._rows: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._stack = ExitStack()
-        self._file = self._stack.enter_context(atomic_write(path))  # now, to find out now if it cannot be written
+        self._file = self._stack.enter_context(atomic_write(path))  # opened now, so that it fails before any work
 
     def has(self, name: str) -> bool:
         return False
@@ -115,7 +110,7 @@ class NpzOutput:
 
     def close(self) -> None:
         paths = sorted(self._rows)
-        arrays: dict[str, np.ndarray] = {"paths": np.array(paths)}
+        arrays: dict[str, Any] = {"paths": np.array(paths)}
         if self._timestamps:
             embeddings = [self._rows[path][0] for path in paths]
             arrays["offsets"] = np.cumsum([0] + [len(embedding) for embedding in embeddings])
@@ -127,11 +122,11 @@ class NpzOutput:
         self._stack.close()
 
     def abort(self) -> None:
-        _abandon(self._stack)
+        _discard(self._stack)
 
 
 class ParquetOutput:
-    """One `.parquet` file, written as embeddings come; rows are in the order of encoding."""
+    """One `.parquet` file, written as embeddings arrive. Rows are in the order of `add`."""
 
     def __init__(self, path: Path, timestamps: bool) -> None:
         import pyarrow.parquet
@@ -153,7 +148,7 @@ class ParquetOutput:
             columns["timestamp_ms"] = self._arrow.array(timestamps_ms)
         columns["embedding"] = self._arrow.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
         self._pending.append(self._arrow.table(columns))
-        if sum(table.num_rows for table in self._pending) >= PARQUET_ROWS:
+        if sum(table.num_rows for table in self._pending) >= MIN_ROW_GROUP:
             self._flush()
 
     def close(self) -> None:
@@ -161,10 +156,10 @@ class ParquetOutput:
         self._stack.close()
 
     def abort(self) -> None:
-        _abandon(self._stack)
+        _discard(self._stack)
 
     def _flush(self) -> None:
-        """Write what is pending as one row group; a row group for each file would be slow to read."""
+        """Write the pending tables as one row group. One row group per file would be slow to read."""
         if not self._pending:
             return
         table = self._arrow.concat_tables(self._pending)
@@ -175,49 +170,47 @@ class ParquetOutput:
         self._writer.write_table(table)
 
 
-def _abandon(stack: ExitStack) -> None:
-    """Leave the contexts as after an error, which makes an atomic file go away."""
-    abandoned = KeyboardInterrupt()
-    with suppress(OSError):  # what is buffered is written as a file closes, which may fail as writing did
-        stack.__exit__(type(abandoned), abandoned, None)
+def _discard(stack: ExitStack) -> None:
+    """Leave the contexts as if interrupted, so that an atomic file is removed."""
+    interruption = KeyboardInterrupt()
+    with suppress(OSError):  # closing a file writes its buffer, which may fail like the write before
+        stack.__exit__(type(interruption), interruption, None)
 
 
 class FolderOutput:
-    """A folder with one `.npy` file for each audio file. What is there already is not made again."""
+    """A folder with one `.npy` file per audio file. Existing embeddings are kept, so that a run can be resumed."""
 
     def __init__(self, path: Path, timestamps: bool, settings: dict[str, Any]) -> None:
         self._folder = path
         self._record = path / SETTINGS_FILE
         self._settings = {**settings, "timestamps": timestamps}
-        self._resumed = self._record.exists()
-        if not self._resumed:
-            return
-        try:
-            earlier = json.loads(self._record.read_text(encoding="utf-8"))
-            if not isinstance(earlier, dict):
-                raise ValueError(f"expected a JSON object, got {type(earlier).__name__}")
-        except ValueError as error:
-            raise ValueError(f"{self._record}: damaged ({error}); choose another folder") from error
-        if difference := settings_difference(earlier, self._settings):
-            raise ValueError(f"{path} holds embeddings made with {difference}: choose another folder or delete it")
+        self._has_record = self._write_or_check_settings(write=False)
 
     def has(self, name: str) -> bool:
         path = self._embedding_path(name)
-        there = os.path.exists(path)  # written last; Path.exists would raise for a name that is too long
-        if there and not self._resumed:
-            raise ValueError(f"{path} is there, and no {self._record} says how it was made: choose another folder")
-        return there
+        exists = os.path.exists(path)  # Path.exists would raise if the name is too long
+        if exists and not self._has_record:
+            raise ValueError(f"{path} exists, but no {self._record} says how it was made: choose another folder")
+        return exists
 
     def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None:
         target = self._embedding_path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not self._record.exists():
-            write_json(self._record, self._settings)
+        # Only now: a run that embeds nothing must not bind later ones to its settings.
+        self._has_record = self._has_record or self._write_or_check_settings(write=True)
         if timestamps_ms is not None:
             with atomic_write(target.with_name(f"{Path(name).name}.timestamps_ms.npy")) as file:
                 np.save(file, timestamps_ms)
-        with atomic_write(target) as file:
+        with atomic_write(target) as file:  # last, as `has` looks for it
             np.save(file, embedding)
+
+    def _write_or_check_settings(self, *, write: bool) -> bool:
+        """Return whether the folder has a record of its settings, which then equal this run's."""
+        advice = "choose another folder or delete it"
+        record = write_or_check_settings(
+            self._record, self._settings, holds="embeddings made", advice=advice, write=write
+        )
+        return record is not None
 
     def _embedding_path(self, name: str) -> Path:
         return self._folder / f"{name}.npy"

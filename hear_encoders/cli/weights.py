@@ -9,79 +9,97 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from hear_encoders import checkpoint, hub
+from hear_encoders import __version__, checkpoint, hub
+from hear_encoders.cli.options import MODELS, hear_module
 from hear_encoders.config import AxLSTMConfig, InputGate, config_to_dict
-from hear_encoders.console import BAD_USAGE, non_empty_text, positive, print_error
+from hear_encoders.console import BAD_USAGE, FAILED, discard_stdout, non_empty_text, positive, print_error
 from hear_encoders.released import import_checkpoint
+
+_EPILOG = """\
+examples:
+  hear-weights show hear_axlstm
+  hear-weights show weights/
+  hear-weights import mae_base.pth mae-base/ --heads 12
+  hear-weights push weights/ org/name --card MODEL_CARD.md
+
+`hear-weights COMMAND --help` describes a command's options.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`hear-weights`: show a checkpoint, import one of the papers' released code, or publish one on the Hub.
-
-    Returns:
-        The exit code.
-    """
+    """Run `hear-weights` and return its exit code."""
     parser = argparse.ArgumentParser(
         "hear-weights",
-        description="Look at checkpoints, convert released ones and publish them.",
-        epilog="examples: hear-weights show weights/    hear-weights import mae_base.pth mae-base/ --heads 12",
+        description="Inspect checkpoints, convert those of the papers' released code, and publish them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    show = commands.add_parser("show", help="print a checkpoint's configuration, size, parameters and SHA-256")
-    show.add_argument("source", metavar="PATH", help="directory, .safetensors file or Hub org/name")
+    show = commands.add_parser("show", help="print a checkpoint's configuration, size, parameter count and SHA-256")
+    show.add_argument(
+        "source",
+        metavar="CHECKPOINT",
+        help=f"directory, .safetensors file, Hub org/name, or {' or '.join(MODELS)} for the bundled weights",
+    )
     show.add_argument("--revision", help="branch, tag or commit of the Hub repository")
 
     convert = commands.add_parser(
         "import",
-        help="convert a .pth of the papers' released code; its pickle is not executed",
+        help="convert a .pth file of the papers' released code, without executing its pickle",
         epilog="example: hear-weights import axlstm_tiny.pth axlstm-tiny/ --no-flip",
     )
     convert.add_argument("checkpoint", metavar="CHECKPOINT.pth", type=Path)
-    convert.add_argument("output", metavar="OUT_DIR", type=Path)
+    convert.add_argument("output", metavar="OUT_DIR", type=Path, help="new or empty directory")
     convert.add_argument(
-        "--heads", type=positive(int), metavar="N", help="attention heads (3 Tiny, 6 Small, 12 Base, 16 Large)"
+        "--heads", type=positive(int), metavar="N", help="attention heads (Tiny 3, Small 6, Base 12, Large 16)"
     )
-    convert.add_argument("--no-flip", action="store_true", help="an AxLSTM that was trained without flipping")
-    convert.add_argument("--input-gate", choices=get_args(InputGate), default="exponential", help="of an AxLSTM")
+    convert.add_argument("--no-flip", action="store_true", help="the AxLSTM was trained without flipping")
+    convert.add_argument(
+        "--input-gate", choices=get_args(InputGate), default="exponential", help="of an AxLSTM; default: %(default)s"
+    )
 
     push = commands.add_parser(
         "push",
-        help="publish a checkpoint on the Hugging Face Hub; without --yes, only show what would be uploaded",
+        help="publish a checkpoint on the Hugging Face Hub",
+        description="Publish a checkpoint on the Hugging Face Hub. Without --yes, only show what would be uploaded.",
         epilog="example: hear-weights push weights/ org/name --card MODEL_CARD.md",
     )
-    push.add_argument("folder", metavar="DIR", type=Path, help="with config.json, model.safetensors and README.md")
-    push.add_argument("repository", metavar="ORG/NAME", help="made if it does not exist")
-    push.add_argument("--card", type=Path, metavar="PATH", help="the model card; default: README.md in DIR")
-    push.add_argument("--private", action="store_true", help="make the repository private, refuse a public one")
+    push.add_argument("folder", metavar="DIR", type=Path, help="holds config.json, model.safetensors and README.md")
+    push.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
+    push.add_argument("--card", type=Path, metavar="PATH", help="model card; default: README.md in DIR")
+    push.add_argument("--private", action="store_true", help="create a private repository, refuse a public one")
     push.add_argument(
-        "--message", type=non_empty_text, default="Upload checkpoint", help="of the commit; default: %(default)s"
+        "--message", type=non_empty_text, default="Upload checkpoint", help="commit message; default: %(default)s"
     )
     push.add_argument("--yes", action="store_true", help="upload; needs a token: HF_TOKEN or `hf auth login`")
 
     options = parser.parse_args(arguments)
     try:
         if options.command == "show":
-            _show(checkpoint.resolve(options.source, options.revision))
-        elif options.command == "push":
+            _show(_find_weights(options.source, options.revision))
+        elif options.command == "import":
+            _import(options, parser.prog)
+        else:
             words = sys.argv[1:] if arguments is None else arguments
             _push(options, shlex.join([parser.prog, "push", "--yes", *words[1:]]))
-        else:
-            config, tensors = import_checkpoint(
-                options.checkpoint, options.heads, flip=not options.no_flip, input_gate=options.input_gate
-            )
-            encoder = checkpoint.encoder_from_tensors(config, tensors, str(options.checkpoint))
-            checkpoint.save_checkpoint(options.output, encoder)
-            if isinstance(config, AxLSTMConfig) and config.flip:
-                print_error(
-                    parser.prog,
-                    "taken for an AxLSTM trained with flip, which the file does not say; if it was not, give --no-flip",
-                )
-            _show(options.output / checkpoint.WEIGHTS_FILE)
+        sys.stdout.flush()  # here, where a broken pipe is caught
+    except BrokenPipeError:
+        discard_stdout()
+        return FAILED
     except (OSError, ValueError) as error:
         print_error(parser.prog, f"error: {error}")
         return BAD_USAGE
     return 0
+
+
+def _find_weights(source: str, revision: str | None) -> Path:
+    if source not in MODELS:
+        return checkpoint.resolve(source, revision)
+    if revision is not None:
+        raise ValueError(f"revision {revision!r} was given, but {source} stands for the bundled weights")
+    return hear_module(source).bundled / checkpoint.WEIGHTS_FILE
 
 
 def _show(weights: Path) -> None:
@@ -98,12 +116,28 @@ def _show(weights: Path) -> None:
         print(f"{name:<16}  {value}")
 
 
+def _import(options: argparse.Namespace, prog: str) -> None:
+    """Convert a released checkpoint and show the result."""
+    if options.output.is_dir() and any(options.output.iterdir()):
+        raise ValueError(f"{options.output} is not empty: choose another directory")
+    config, tensors = import_checkpoint(
+        options.checkpoint, options.heads, flip=not options.no_flip, input_gate=options.input_gate
+    )
+    encoder = checkpoint.encoder_from_tensors(config, tensors, str(options.checkpoint))
+    checkpoint.save_checkpoint(options.output, encoder)
+    if isinstance(config, AxLSTMConfig) and config.flip:
+        print_error(
+            prog, "assumed an AxLSTM trained with flip, which the file does not say; if it was not, give --no-flip"
+        )
+    _show(options.output / checkpoint.WEIGHTS_FILE)
+
+
 def _push(options: argparse.Namespace, command: str) -> None:
-    """Publish a checkpoint, or show what would be published; `command` is the line that does."""
+    """Publish a checkpoint, or show what would be published and `command`, which would publish it."""
     hub.check_repo_id(options.repository)
     if not options.folder.is_dir():
         raise ValueError(f"{options.folder}: expected a directory with {hub.CONFIG_FILE} and {hub.WEIGHTS_FILE}")
-    checkpoint.load_checkpoint(options.folder)  # what does not load is not published
+    checkpoint.load_checkpoint(options.folder)  # raises for a checkpoint that does not load
     card = options.card or options.folder / hub.CARD_FILE
     text = _read_card(card)
     files = {name: options.folder / name for name in (hub.CONFIG_FILE, hub.WEIGHTS_FILE)} | {hub.CARD_FILE: card}
@@ -120,11 +154,11 @@ def _push(options: argparse.Namespace, command: str) -> None:
 
 def _read_card(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"no model card {path}: write one there, or give one with --card PATH")
+        raise FileNotFoundError(f"no model card {path}: write one there, or give another with --card PATH")
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: a model card is UTF-8 text ({error})") from error
+        raise ValueError(f"{path}: a model card must be UTF-8 text ({error})") from error
     if not text.strip():
         raise ValueError(f"{path}: the model card is empty")
     return text
