@@ -1,7 +1,7 @@
 """Time and memory of embedding one long file, from a minute to ten hours.
 
-Each length is a WAV file of noise, 16 kHz, 16 bits, embedded by the code of `hear-embed` in a process of its own, from
-file to scene embedding. Memory is the most that was resident, Python, torch and the weights included.
+Each length is a WAV file of noise, 16 kHz and 16 bits, which `hear-embed`'s code embeds in its own process, from file
+to scene embedding. Memory is the peak resident memory of that process, including Python, torch and the weights.
 
 Example:
     python -m benchmarks.long_audio --minutes 1 10 60 600 --plot long_audio.png
@@ -24,7 +24,7 @@ from benchmarks.measure import argument_parser, format_machine, format_table, pr
 from hear_encoders import PRESETS
 from hear_encoders.nn.frontend import SAMPLE_RATE
 
-# Prints seconds and bytes. A short file goes first, for what is set up once.
+# Prints seconds and bytes. A short file goes first, so that one-time initialization is not measured.
 PROGRAM = """
 import sys, time
 from pathlib import Path
@@ -45,22 +45,22 @@ def embed(length):
     output.close()
 
 embed("warm-up")
-begin = time.perf_counter()
+start = time.perf_counter()
 memory = peak_bytes(lambda: embed(length), torch.device("cpu"))
-print(time.perf_counter() - begin, memory or 0)
+print(time.perf_counter() - start, memory or 0)
 """
 
 
 def write_noise(path: Path, minutes: float) -> None:
-    """Write a file a minute at a time."""
+    """Write a WAV file of noise, one minute at a time."""
     random, samples = np.random.default_rng(0), round(60 * minutes * SAMPLE_RATE)
     with soundfile.SoundFile(path, "w", SAMPLE_RATE, 1, "PCM_16") as file:
-        for begin in range(0, samples, 60 * SAMPLE_RATE):
-            file.write(random.uniform(-0.5, 0.5, min(60 * SAMPLE_RATE, samples - begin)))
+        for first in range(0, samples, 60 * SAMPLE_RATE):
+            file.write(random.uniform(-0.5, 0.5, min(60 * SAMPLE_RATE, samples - first)))
 
 
 def measure(preset: str, minutes: float, folder: Path) -> tuple[float, int]:
-    """Seconds and bytes for one length."""
+    """Return seconds and bytes for a file of this length."""
     write_noise(folder / "warm-up.wav", 0.2)
     file = folder / f"{minutes:g}.wav"
     write_noise(file, minutes)
@@ -72,7 +72,7 @@ def measure(preset: str, minutes: float, folder: Path) -> tuple[float, int]:
 
 
 def draw(path: Path, measured: dict[str, list[tuple[float, float, int]]]) -> None:
-    """Time and memory over length, both axes logarithmic."""
+    """Plot time (both axes logarithmic) and memory (only the length logarithmic) against length."""
     from matplotlib.figure import Figure
 
     figure = Figure((8, 3.2), layout="constrained")
@@ -91,10 +91,15 @@ def draw(path: Path, measured: dict[str, list[tuple[float, float, int]]]) -> Non
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("python -m benchmarks.long_audio", __doc__)
     parser.add_argument(
-        "--presets", nargs="+", choices=PRESETS, metavar="NAME", default=["audiomaepp_tiny", "axlstm_tiny"]
+        "--presets",
+        nargs="+",
+        choices=PRESETS,
+        metavar="NAME",
+        default=["audiomaepp_tiny", "axlstm_tiny"],
+        help="default: audiomaepp_tiny axlstm_tiny",
     )
-    parser.add_argument("--minutes", nargs="+", type=float, default=[1, 10, 60], help="default: 1 10 60")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[1, 10, 60], help="lengths (default: 1 10 60)")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw a plot")
     return parser.parse_args(arguments)
 
 

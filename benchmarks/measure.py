@@ -1,4 +1,4 @@
-"""What the benchmarks share: their command line, taking turns, memory, tables."""
+"""Code that the benchmarks share: command line, interleaved timing, memory, tables."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from statistics import median
 
 import torch
 
-LEAST_TURNS = 3
-CELL_SECONDS = 1.0  # turns go on at least this long
+MIN_TURNS = 3
+MIN_SECONDS = 1.0  # of turns, in total
 
 
 def argument_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a module's docstring: its first line, and its examples."""
+    """Return a parser whose help is the first line and the examples of a module's docstring."""
     summary, _, rest = (doc or "").partition("\n\n")
     return argparse.ArgumentParser(
         prog,
@@ -36,27 +36,25 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def take_turns(
-    calls: Sequence[Callable[[], object]], device: torch.device, least_turns: int = LEAST_TURNS
-) -> list[float]:
-    """Run A B C A B C ...; return each one's median time in seconds. Warming up is the caller's part."""
+def take_turns(calls: Sequence[Callable[[], object]], device: torch.device, min_turns: int = MIN_TURNS) -> list[float]:
+    """Run A B C A B C ... and return the median time of each in seconds. The caller warms them up."""
     times: list[list[float]] = [[] for _ in calls]
     first = time.perf_counter()
-    while len(times[0]) < least_turns or time.perf_counter() - first < CELL_SECONDS:
-        for call, taken in zip(calls, times):
+    while len(times[0]) < min_turns or time.perf_counter() - first < MIN_SECONDS:
+        for call, elapsed in zip(calls, times):
             synchronize(device)
-            begin = time.perf_counter()
+            start = time.perf_counter()
             call()
             synchronize(device)
-            taken.append(time.perf_counter() - begin)
-    return [median(taken) for taken in times]
+            elapsed.append(time.perf_counter() - start)
+    return [median(elapsed) for elapsed in times]
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory held while `call` runs; None where the system does not tell.
+    """Return the peak memory while `call` runs, or None if the system does not report it.
 
-    On CUDA what torch has allocated; on a CPU (Linux) all resident memory of the process, Python, torch's
-    libraries and the weights included.
+    On CUDA this is the memory that torch has allocated. On a CPU (Linux only) it is the resident memory of the whole
+    process, including Python, torch's libraries and the weights.
     """
     gc.collect()
     if device.type == "cuda":
@@ -65,10 +63,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # where the C library is not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls freed would still count as resident
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # the C library is not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed by earlier calls still counts as resident
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current size
         call()
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -78,6 +76,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def progress(line: str) -> None:
+    """Print a line to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -92,10 +91,9 @@ def cpu_name() -> str:
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads as plain text.
+    """Return a Markdown table, padded so that it also reads as plain text.
 
-    A row whose cells after some point are empty is a remark: it runs over the columns it leaves empty, and does not
-    widen its own.
+    A row with an empty last cell is a remark: its text may run over the empty columns and does not widen its own.
     """
     measured = [row for row in rows if row[-1]]
     names = max(len(name) for name in [columns[0], *(row[0] for row in rows)])
@@ -110,7 +108,7 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_machine(device: torch.device) -> str:
-    """Lines that name the machine and the software."""
+    """Return lines that name the machine and the software versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     lines = [f"- CPU: {cpu_name()}, {cores} cores, {torch.get_num_threads()} threads"]
     if device.type == "cuda":

@@ -1,23 +1,23 @@
-"""The released algorithm's plan of computation: the opponent of `embed.py`.
+"""The released algorithm's plan of computation: the baseline of `embed.py`.
 
-Both papers' released code embeds a batch of clips as follows. It is written here anew, in plain torch, from a
-description of that code, and reads the weights of one of our encoders, so that both compute the same function:
+The released code of both papers embeds a batch of clips as follows. This file implements it again in plain torch, from
+a description of that code, with the weights of one of our encoders, so that both compute the same function:
 
-- normalise the log-mel, then pad with zero frames to the next multiple of a 2 s chunk, by a full chunk if it is
-  one already;
-- encode one 2 s chunk after the other, the clips of the batch together;
-- attention by an explicit softmax over the S x S matrix; the mLSTM cell in parallel form, each S x S matrix on
-  the way to its weights a separate eager operation;
-- regroup the tokens as the released code does, drop the steps of the padding, space timestamps evenly.
+- normalize the log-mel, then pad it with zero frames to the next multiple of a 2 s segment, by a full segment if it is
+  a multiple already;
+- encode one 2 s segment after the other, for all clips of the batch together;
+- compute attention with an explicit softmax over the S x S matrix, and the mLSTM cell in parallel form, with a separate
+  eager operation for each S x S matrix;
+- regroup the tokens as the released code does, drop the padding's steps, space timestamps evenly.
 
-It is meant as a fair opponent: inference mode, the same frontend as ours, nothing slower than the plan demands.
-In half precision it runs under autocast, with float32 gates and cell weights, as ours does.
+The baseline is meant to be fair: it runs in inference mode with the same front end as ours, and nothing is slower than
+the plan requires. In half precision it runs under autocast, with float32 gates and cell weights, as ours does.
 
-Nothing but the weights' names, the position table and the log-mel frontend is shared with `hear_encoders`, so
-that the opponent stays as it is when the encoders change.
+It shares only the weights' names, the position table and the log-mel front end with `hear_encoders`, so that it stays
+the same when the encoders change.
 
-Letters in shape comments: B clips, F frames, S tokens of the sequence (cls first), D channels of a token,
-I channels inside an mLSTM block, H heads, T time steps, R rows of bands, E embedding size.
+Letters in shape comments: B clips, F frames, S tokens in the sequence (cls first), D channels per token, I channels
+inside an mLSTM block, H heads, T time steps, R rows of bands, E embedding size.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from hear_encoders.nn.build import Encoder
 from hear_encoders.nn.frontend import SAMPLE_RATE, LogMel
 from hear_encoders.nn.patches import sincos_2d
 
-Weights = dict[str, Tensor]  # of one block, or of the whole encoder: name -> parameter
+Weights = dict[str, Tensor]  # name -> parameter, for one block or the whole encoder
 
-BLOCK_NORM_EPS = 1e-5  # of the mLSTM block's two norms
-NORM_EPS = 1e-6  # of every other norm
+BLOCK_NORM_EPS = 1e-5  # the mLSTM block's two norms
+NORM_EPS = 1e-6  # all other norms
 STD_OFFSET = 1e-8
 CELL_EPS = 1e-6
 
 
 class ReleasedPlan:
-    """Embeds waveforms as the released code does, with the weights of one of our encoders.
+    """Embed waveforms as the released code does, with the weights of one of our encoders.
 
     Args:
         encoder: any encoder without rotary positions. Its weights are shared, not copied.
-        dtype: what the matmuls run in; below float32 the encoder runs under autocast.
+        dtype: dtype of the matmuls; in half precision the encoder runs under autocast.
     """
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype = torch.float32) -> None:
         self.config = encoder.config
         if isinstance(self.config, TransformerConfig) and self.config.rope != "none":
-            raise ValueError(f"the released plan is written for rope = 'none', got {self.config.rope!r}")
-        # Parameters and not a state_dict, whose detached tensors autocast would convert again for each chunk.
+            raise ValueError(f"the released plan supports only rope = 'none', got {self.config.rope!r}")
+        # Not a state_dict: autocast would convert its detached tensors again for each segment.
         self.weights: Weights = dict(encoder.named_parameters())
         self.blocks: list[Weights] = [{} for _ in range(self.config.depth)]
         for name, weight in self.weights.items():
@@ -75,13 +75,13 @@ class ReleasedPlan:
         logmel = self.log_mel(audio)  # (B, F, bands)
         mean = logmel.mean(dim=(1, 2), keepdim=True)
         logmel = (logmel - mean) / (logmel.std(dim=(1, 2), keepdim=True) + STD_OFFSET)
-        padding = patches.chunk_frames - logmel.shape[1] % patches.chunk_frames  # a full chunk if it fits already
+        padding = patches.chunk_frames - logmel.shape[1] % patches.chunk_frames  # a full segment if it fits already
         logmel = F.pad(logmel, (0, 0, 0, padding))
 
         full = self.dtype is torch.float32
         with nullcontext() if full else torch.autocast(self.device.type, dtype=self.dtype):
-            chunks = [self.encode_chunk(chunk) for chunk in logmel.split(patches.chunk_frames, dim=1)]
-        embeddings = torch.cat(chunks, dim=1)  # (B, chunks * steps, E)
+            segments = [self.encode_segment(frames) for frames in logmel.split(patches.chunk_frames, dim=1)]
+        embeddings = torch.cat(segments, dim=1)  # (B, segments * steps, E)
         dropped = int(patches.steps * padding / patches.chunk_frames)
         embeddings = embeddings[:, : embeddings.shape[1] - dropped].float()
 
@@ -90,8 +90,8 @@ class ReleasedPlan:
         timestamps = (step_ms * torch.arange(steps, dtype=torch.float64)).float().to(audio.device)
         return embeddings, timestamps.repeat(batch, 1)
 
-    def encode_chunk(self, frames: Tensor) -> Tensor:
-        """One full chunk of each clip: (B, frames, bands) -> (B, steps, E), in the released order of tokens."""
+    def encode_segment(self, frames: Tensor) -> Tensor:
+        """Encode one full segment per clip: (B, frames, bands) -> (B, steps, E), in the released order of tokens."""
         patches = self.config.patches
         tokens = linear(patchify(frames, patches), self.weights, "patch_projection") + self.position_table
         cls = self.weights["cls_token"].to(tokens.dtype).expand(tokens.shape[0], 1, -1)
@@ -107,13 +107,13 @@ class ReleasedPlan:
             else:
                 x = plain_block(x, block, self.config.heads)
         tokens = layer_norm(x, self.weights, "norm")[:, 1:]  # (B, N, D)
-        # Tokens are time-major but taken for band-major: step j is made of tokens j, 50 + j, 100 + j, ...
+        # The released code treats the time-major tokens as band-major: step j is tokens j, 50 + j, 100 + j, ...
         grid = tokens.unflatten(1, (patches.rows, patches.steps))  # (B, R, T, D)
         return grid.transpose(1, 2).flatten(2)  # (B, T, R * D)
 
 
 def patchify(frames: Tensor, patches: PatchConfig) -> Tensor:
-    """Time-major patches: (B, frames, bands) -> (B, N, values of a patch)."""
+    """Cut frames into time-major patches: (B, frames, bands) -> (B, N, values per patch)."""
     grid = frames.unflatten(2, (patches.rows, patches.patch_bands)).unflatten(1, (patches.steps, patches.patch_frames))
     return grid.transpose(2, 3).flatten(3).flatten(1, 2)
 
@@ -131,7 +131,7 @@ def layer_norm(x: Tensor, weights: Weights, name: str, eps: float = NORM_EPS) ->
 
 
 def attention(x: Tensor, weights: Weights, heads: int) -> Tensor:
-    """Multi-head self-attention, the S x S matrix and its softmax made one after the other."""
+    """Multi-head self-attention with an explicit S x S matrix and softmax."""
     batch, length, dim = x.shape
     qkv = linear(x, weights, "attention.qkv").view(batch, length, 3, heads, dim // heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, S, D/H)
@@ -146,7 +146,7 @@ def swiglu(x: Tensor, weights: Weights) -> Tensor:
 
 
 def transformer_plus_plus_block(x: Tensor, weights: Weights, heads: int) -> Tensor:
-    """Half an MLP, attention, SwiGLU. Where there is no norm3, norm2 is used twice."""
+    """Half an MLP, attention, SwiGLU. Without a norm3, norm2 is used twice."""
     hidden = F.silu(linear(layer_norm(x, weights, "norm1"), weights, "mlp.up"))
     x = x + 0.5 * linear(hidden, weights, "mlp.down")
     x = x + attention(layer_norm(x, weights, "norm2"), weights, heads)
@@ -188,12 +188,12 @@ def mlstm_block(x: Tensor, weights: Weights, config: AxLSTMConfig, causal: Tenso
 def parallel_mlstm(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, causal: Tensor) -> Tensor:
     """The mLSTM cell in parallel form: q, k, v (B, H, S, I/H), log gates (B, H, S) -> (B, H, S, I/H).
 
-    Each operation makes another float32 matrix (B, H, S, S), but for those commented with a smaller shape.
+    Each operation creates another float32 matrix (B, H, S, S), except those commented with a smaller shape.
     """
     cumulative = log_f.cumsum(-1)  # (B, H, S)
-    forgotten = cumulative[..., :, None] - cumulative[..., None, :]  # [t, s]: log of what t keeps of s
-    forgotten = torch.where(causal, forgotten, -torch.inf)
-    log_weights = forgotten + log_i[..., None, :]
+    log_decay = cumulative[..., :, None] - cumulative[..., None, :]  # [t, s]: log of the decay from s to t
+    log_decay = torch.where(causal, log_decay, -torch.inf)
+    log_weights = log_decay + log_i[..., None, :]
     largest = log_weights.amax(-1, keepdim=True)  # (B, H, S, 1)
     log_weights = log_weights - largest
     weights = log_weights.exp()
@@ -206,9 +206,9 @@ def parallel_mlstm(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise convolution over a token and those before it: (B, S, I) -> (B, S, I).
+    """Depthwise convolution over each token and those before it: (B, S, I) -> (B, S, I).
 
-    Padded at both ends by the convolution itself, its last outputs cut off.
+    The convolution pads both ends; the outputs past the last token are cut off.
     """
     channels, kernel = weight.shape
     y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=kernel - 1, groups=channels)

@@ -1,10 +1,10 @@
-"""How long a step of 40 ms takes where audio is still arriving: AxLSTM streams on one thread.
+"""How long a 40 ms step of live audio takes: AxLSTM streams on one thread.
 
-What is timed is `AxLSTMStream.push` with the next 640 samples of every stream, checks and log-mel included, over a
-minute of noise, with freshly initialised weights and given statistics. Each push completes one step (the first one
-none); the first second is warming up and not counted. "CPU ms" is the processor time of the pushing thread, which on
-a busy machine is less than the time that passes, though not independent of what shares its caches and memory. A 2 s
-clip in one call, offline and as one push, is measured in turns after the pushes, for comparison with `embed`.
+The benchmark times `AxLSTMStream.push` with the next 640 samples of every stream, including checks and log-mel, over a
+minute of noise, with freshly initialized weights and fixed statistics. Each push except the first completes one step.
+The first second warms up and does not count. "CPU ms" is the processor time of the pushing thread; on a busy machine it
+is less than the elapsed time, but it still depends on who shares the caches and the memory. Then a 2 s clip takes turns
+as a single push and as an offline call, for comparison with `embed`.
 
 Example:
     python -m benchmarks.stream --presets axlstm_tiny --streams 1 8
@@ -49,7 +49,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one preset with so many streams; times in seconds, of each push, ascending."""
+    """Measurements of one preset: seconds per push in ascending order, state size, and the times of a 2 s clip."""
 
     preset: str
     streams: int
@@ -61,6 +61,7 @@ class Result:
 
 
 def measure(preset: str, embedder: Embedder, streams: int, seconds: float) -> Result:
+    """Time pushes of 40 ms to this many streams, then a clip of 2 s."""
     step_samples = round(STEP_S * SAMPLE_RATE)
     audio = 0.1 * torch.randn(streams, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
     stream = make_stream(embedder, streams=streams)
@@ -80,6 +81,7 @@ def measure(preset: str, embedder: Embedder, streams: int, seconds: float) -> Re
 
 
 def quantile_ms(ascending: Sequence[float], fraction: float) -> str:
+    """Format a quantile of sorted times in seconds as milliseconds."""
     return f"{1e3 * ascending[round(fraction * (len(ascending) - 1))]:.2f}"
 
 
@@ -101,10 +103,10 @@ def format_row(result: Result) -> list[str]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("python -m benchmarks.stream", __doc__)
     parser.add_argument(
-        "--presets", nargs="+", choices=STREAMABLE, default=["axlstm_tiny"], help="default: axlstm_tiny"
+        "--presets", nargs="+", choices=STREAMABLE, default=["axlstm_tiny"], help="default: %(default)s"
     )
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8], help="streams in a batch (default: 1 8)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of noise in each stream (default: 60)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of noise per stream (default: 60)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     options = parser.parse_args(arguments)
     if min(options.streams) < 1 or options.threads < 1:
@@ -125,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(measure(name, embedder, streams, options.seconds))
     print(format_machine(torch.device("cpu")))
     if hasattr(os, "getloadavg"):
-        print(f"- float32; load average of the last minute {os.getloadavg()[0]:.1f}, this process included", end="\n\n")
+        print(
+            f"- float32; load average over the last minute {os.getloadavg()[0]:.1f}, including this process", end="\n\n"
+        )
     print(format_table(COLUMNS, [format_row(result) for result in results]))
 
 
