@@ -1,12 +1,12 @@
-"""How fast encoders are pretrained: a whole optimiser step, and the data loader on its own.
+"""Pretraining speed: whole optimizer steps, and the data loader on its own.
 
-What is timed is `training.pretrain.Trainer.train_step`: masks, forward, backward, clipping, AdamW. Its opponent is the
-plain step: the same model in float32, eager, the whole batch at once. Ours, the plain step and a matmul take turns;
-every figure is a median. FLOPs are counted by torch on the real forward and backward pass of one clip (see
-`training.flops`); MFU holds them against the matmul rate of the same turns, in the precision of ours. The loader's
-rate is that of `crop_loader` alone, as configured, reading records of 10 s from shards.
+Times `training.pretrain.Trainer.train_step`: masks, forward, backward, clipping, optimizer. The baseline is the plain
+step: the same model in float32, eager, the whole batch at once. Our step, the plain step and a matmul take turns, and
+every figure is a median. torch counts the FLOPs of one clip's forward and backward pass (see `training.flops`); MFU
+compares them with the matmul rate measured in the same turns and precision. The loader's rate is that of `crop_loader`
+alone, as configured, reading records of 10 s from shards.
 
-Example:
+Examples:
     python -m benchmarks.pretrain --configs audiomaepp_tiny_cpu axlstm_tiny_cpu precision=bfloat16
     python -m benchmarks.pretrain --device cuda batch_size=1024 precision=bfloat16 compile=true
 """
@@ -36,7 +36,7 @@ from training.corpora.shards import ShardIndex
 from training.data import RowBatches, crop_loader, run_crops
 from training.flops import Matmul
 from training.objectives import count_clip_flop
-from training.pretrain import Place, Trainer
+from training.pretrain import DistributedContext, Trainer
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 DEFAULT_CONFIGS = ("mae_tiny_cpu", "audiomaepp_tiny_cpu", "ssast_tiny_cpu", "axlstm_tiny_cpu")
@@ -46,14 +46,14 @@ LOADER_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one configuration."""
+    """The measurements of one config."""
 
     name: str
     config: RunConfig
     clip_flop: int
     matmul_rate: float  # FLOP/s
     step_s: float
-    plain_s: float  # NaN where the plain step does not fit the memory
+    plain_s: float  # NaN if the plain step runs out of memory
     loader_clips_per_s: float
     peak_bytes: int | None
 
@@ -64,7 +64,7 @@ class Result:
 
 @contextlib.contextmanager
 def noise_shards() -> Iterator[Path]:
-    """Shards of ten minutes of noise, for who has none at hand: speed does not depend on what is heard."""
+    """Make shards of ten minutes of noise: speed does not depend on the audio."""
     with tempfile.TemporaryDirectory() as folder:
         recordings, shards = Path(folder) / "recordings", Path(folder) / "shards"
         recordings.mkdir()
@@ -72,17 +72,17 @@ def noise_shards() -> Iterator[Path]:
         for number in range(10):
             soundfile.write(recordings / f"{number}.wav", 0.1 * generator.standard_normal(60 * 16000), 16000)
         if prepare.main([str(recordings), str(shards)]) != 0:
-            raise RuntimeError("making shards of noise failed")
+            raise RuntimeError("cannot make shards of noise")
         yield shards
 
 
 def loader_rate(config: RunConfig, index: ShardIndex) -> float:
-    """Clips per second that the data loader delivers when nothing else is done."""
+    """Measure how many clips per second the data loader delivers when nothing else runs."""
     crops = run_crops(index, config)
     batches = RowBatches(config.batch_size, config.accumulate, 0, 1, 0, 1_000_000)
     loader = iter(crop_loader(crops, batches, config.workers, pin_memory=False))
-    clips = len(next(loader))  # workers have begun
-    for _ in range(4 * config.workers):  # what they read meanwhile
+    clips = len(next(loader))  # waits until the workers run
+    for _ in range(4 * config.workers):  # skips the batches read ahead
         next(loader)
     begin, batches_read = time.perf_counter(), 0
     while time.perf_counter() - begin < LOADER_SECONDS:
@@ -92,14 +92,14 @@ def loader_rate(config: RunConfig, index: ShardIndex) -> float:
 
 
 def measure(name: str, config: RunConfig, index: ShardIndex, device: torch.device) -> Result:
-    """Measure one configuration."""
+    """Measure one config."""
     crops = run_crops(index, config)
     batch = torch.stack([crops[row] for row in range(config.batch_size)])
-    place = Place(0, 1, device)
+    context = DistributedContext(0, 1, device)
     with tempfile.TemporaryDirectory() as folder:
-        ours = Trainer(config, index, Path(folder), place)
+        ours = Trainer(config, index, Path(folder), context)
         plain_config = replace(config, precision="float32", compile=False, accumulate=1)
-        plain = Trainer(plain_config, index, Path(folder), place)
+        plain = Trainer(plain_config, index, Path(folder), context)
     matmul = Matmul(device, getattr(torch, config.precision))
 
     def our_step() -> None:
@@ -108,7 +108,7 @@ def measure(name: str, config: RunConfig, index: ShardIndex, device: torch.devic
     def plain_step() -> None:
         plain.train_step([batch])
 
-    our_step()  # compiles, and makes the optimiser's state
+    our_step()  # compiles, and creates the optimizers' state
     peak = peak_bytes(our_step, device)
     calls = [our_step, matmul, plain_step]
     try:
@@ -123,17 +123,18 @@ def measure(name: str, config: RunConfig, index: ShardIndex, device: torch.devic
 
 
 COLUMNS = (
-    *("configuration", "batch", "precision", "clips/s", "GFLOP per clip", "MFU", "x plain step"),
+    *("config", "batch", "precision", "clips/s", "GFLOP per clip", "MFU", "x plain step"),
     *("peak MB", "loader clips/s", "AudioSet hours"),
 )
 
 
 def format_row(result: Result) -> list[str]:
+    """Return the table's row of one config."""
     config = result.config
-    parts = f" ({config.accumulate} parts)" if config.accumulate > 1 else ""
+    micro_batches = f" ({config.accumulate} micro-batches)" if config.accumulate > 1 else ""
     return [
         result.name,
-        f"{config.batch_size}{parts}",
+        f"{config.batch_size}{micro_batches}",
         config.precision + (", compiled" if config.compile else ""),
         f"{result.clips_per_s:.1f}",
         f"{result.clip_flop / 1e9:.2f}",
@@ -146,22 +147,27 @@ def format_row(result: Result) -> list[str]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line and read the configs."""
     parser = argument_parser("python -m benchmarks.pretrain", __doc__)
     parser.add_argument(
-        "--configs", nargs="+", metavar="NAME", default=list(DEFAULT_CONFIGS), help="of training/configs"
+        "--configs",
+        nargs="+",
+        metavar="NAME",
+        default=list(DEFAULT_CONFIGS),
+        help="names of files in training/configs",
     )
-    parser.add_argument("--data", type=Path, help="shards to read; default: noise, made for the purpose")
+    parser.add_argument("--data", type=Path, help="shards to read (default: ten minutes of noise)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configurations")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configs")
     options = parser.parse_intermixed_args(arguments)
-    # `--configs a b precision=bfloat16` reads the last one as a configuration too.
+    # argparse takes the last word of `--configs a b precision=bfloat16` for a config.
     options.overrides += [name for name in options.configs if "=" in name]
     options.configs = [name for name in options.configs if "=" not in name]
     if options.device not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, got {options.device}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
+        parser.error("--device cuda: torch found no CUDA device")
     options.device = torch.device(options.device)
     try:
         options.configs = {
@@ -174,6 +180,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     if options.threads is not None:
@@ -187,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress(f"{name}: {result.clips_per_s:.1f} clips/s")
             results.append(result)
     rates = ", ".join(f"{result.matmul_rate / 1e9:.0f}" for result in results)
-    print(f"{format_machine(options.device)}\n- matmul rate row by row, in the row's precision: {rates} GFLOP/s\n")
+    print(f"{format_machine(options.device)}\n- matmul rate, row by row, in the row's precision: {rates} GFLOP/s\n")
     print(format_table(COLUMNS, [format_row(result) for result in results]))
 
 

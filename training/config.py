@@ -1,4 +1,4 @@
-"""What a pretraining run is: a dataclass, read from YAML files that inherit, with overrides from the command line."""
+"""A pretraining run's config: a dataclass, read from YAML files that inherit, with overrides from the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hear_encoders.config import CONFIG_OF_FAMILY, EncoderConfig, PatchConfig, R
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Decoder of a masked autoencoder; its blocks are of the encoder's kind (AudioMAE++ section 3.2)."""
+    """A masked autoencoder's decoder; its blocks are of the encoder's kind (AudioMAE++ section 3.2)."""
 
     dim: int = 384
     depth: int = 4
@@ -28,42 +28,43 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One pretraining run. The defaults are the papers' (AudioMAE++ section 3.2, AxLSTM section 3.2).
+    """A pretraining run's config. The defaults are the papers' (AudioMAE++ section 3.2, AxLSTM section 3.2).
 
     Attributes:
-        encoder: the encoder, as in its `config.json`; fields left out have their defaults.
-        decoder: of a masked autoencoder (families audiomaepp and mae); None for axlstm and ssast.
+        encoder: the encoder, as in its `config.json`; missing fields have their defaults.
+        decoder: a masked autoencoder's decoder (families audiomaepp and mae); None for axlstm and ssast.
         mask_ratio: share of patches masked.
-        mask_positions: of axlstm and ssast: mask tokens have positions, or not, as published (see `MaskedModel`).
-        batch_size: crops in one optimiser step, over all processes and accumulated parts.
-        accumulate: parts a process's share of the batch is computed in.
+        mask_positions: axlstm and ssast: whether mask tokens have positions; published models have none (see
+            `MaskedModel`).
+        batch_size: crops per optimizer step, over all processes and micro-batches.
+        accumulate: micro-batches per process and optimizer step.
         crops_per_record: crops of 2 s taken from a record each time it is read.
-        shares: of the records read, in hundredths, one per --data folder; None: every record alike.
-        normalize: over what log-mel is normalised: the whole "record", as the runtime does with a clip, or the
-            "crop".
-        base_lr: learning rate per 256 crops of batch; the rate is base_lr * batch_size / 256.
+        shares: percentages in which the --data folders are mixed, one per folder; None draws every record equally
+            often.
+        normalize: what log-mel is normalized over: the whole "record", as inference does with a clip, or the "crop".
+        base_lr: learning rate per 256 crops of batch: the peak rate is base_lr * batch_size / 256.
         epochs, warmup_epochs: length of training and of its linear warm-up, in passes over the records.
-        max_steps, warmup_steps: the same in optimiser steps; where given, they come before epochs.
-        cooldown_steps: None has the rate fall along a cosine over the whole run, as published. A number keeps it at
-            its peak and has it fall linearly to 0 over so many last steps: until then such a run can be made longer or
-            shorter, with another max_steps. It goes with max_steps and warmup_steps.
+        max_steps, warmup_steps: the same in optimizer steps; they override epochs.
+        cooldown_steps: None lets the learning rate fall along a cosine over the whole run, as published. A number
+            keeps it at its peak until the last so many optimizer steps, over which it falls linearly to 0; before
+            they begin, max_steps may still be changed. Needs max_steps and warmup_steps.
         optimizer: "adamw", as published, or "muon": Muon for the blocks' matrices, AdamW for the rest.
-        weight_decay: none on biases, norms and other parameters of one dimension.
-        beta1, beta2: of AdamW.
+        weight_decay: weight decay, except on biases, norms and other one-dimensional parameters.
+        beta1, beta2: AdamW's.
         clip_grad: largest gradient norm; None does not clip.
-        start_from: weights to begin with, instead of random ones: the directory of a run with the same encoder, or
-            what `load_model` takes. What predicts is taken too where it is that of a run with the same decoder.
-        precision: of the forward pass; autocast where not float32.
+        start_from: initial weights instead of random ones: a run's directory, or anything that `load_model` takes,
+            with the same encoder. From a run with the same decoder, the decoder or head is taken too.
+        precision: precision of the forward pass, by autocast unless float32.
         compile: run the model through torch.compile.
-        fsdp: share out the model over the processes (FSDP2) rather than keep it whole in each of them.
+        fsdp: shard the model over the processes (FSDP2) instead of keeping all of it in each.
         workers: processes that read data, per training process; 0 reads in the training process.
-        seed: of initial weights, data order, crops and masks.
-        log_every, save_every: in steps.
-        held_out_every, held_out_clips: how often, in steps, and on how many crops to test, where there is --held-out.
-        picture_every: how often, in steps, to draw a reconstruction; None draws none.
-        keep_last: checkpoints kept besides milestones.
-        milestone_every: a checkpoint every so many steps is kept for good; None keeps none.
-        max_hours: stop and save after so much time; None does not.
+        seed: seed of initial weights, data order, crops and masks.
+        log_every, save_every: intervals in optimizer steps.
+        held_out_every, held_out_clips: with --held-out: interval in optimizer steps, and crops to test on.
+        picture_every: interval in optimizer steps at which a reconstruction is drawn; None draws none.
+        keep_last: newest checkpoints to keep.
+        milestone_every: keep the checkpoints of every so many optimizer steps for good; None keeps none.
+        max_hours: save and stop after this long; None does not.
     """
 
     encoder: EncoderConfig
@@ -104,7 +105,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         needs_decoder = self.encoder.family in ("audiomaepp", "mae")
         if needs_decoder != (self.decoder is not None):
-            raise ValueError(f"family {self.encoder.family!r} takes {'a' if needs_decoder else 'no'} decoder")
+            raise ValueError(f"family {self.encoder.family!r} {'needs a' if needs_decoder else 'has no'} decoder")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
         for name in (
@@ -121,10 +122,10 @@ class RunConfig:
                 f"epochs must be above 0 and warmup_epochs at least 0, got {self.epochs} and {self.warmup_epochs}"
             )
         if self.shares is not None and (sum(self.shares) != 100 or min(self.shares) < 1):
-            raise ValueError(f"shares must be hundredths of at least 1 that make 100 together, got {self.shares}")
+            raise ValueError(f"shares must be percentages of at least 1 that sum to 100, got {self.shares}")
         if self.cooldown_steps is not None:
             if self.max_steps is None or self.warmup_steps is None:
-                raise ValueError("cooldown_steps goes with max_steps and warmup_steps, both given")
+                raise ValueError("cooldown_steps needs both max_steps and warmup_steps")
             if not 1 <= self.cooldown_steps <= self.max_steps - self.warmup_steps:
                 raise ValueError(
                     f"cooldown_steps must lie between 1 and max_steps - warmup_steps = "
@@ -132,14 +133,18 @@ class RunConfig:
                 )
         if self.batch_size % self.crops_per_record:
             raise ValueError(f"crops_per_record = {self.crops_per_record} must divide batch_size = {self.batch_size}")
+        if self.fsdp and self.precision == "float16":
+            raise ValueError("fsdp does not support precision = float16; use bfloat16")
+        if self.fsdp and self.optimizer == "muon":
+            raise ValueError("fsdp does not support optimizer = muon, which needs whole matrices; use adamw")
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate."""
+        """The peak learning rate."""
         return self.base_lr * self.batch_size / 256
 
     def decoder_blocks(self) -> TransformerConfig:
-        """The decoder's blocks, of the encoder's kind and patch grid, as a configuration of their own."""
+        """Return the config of the decoder's blocks: the encoder's kind and patch grid, the decoder's size."""
         return TransformerConfig(
             family=self.encoder.family,
             swiglu_norm=self.encoder.swiglu_norm,
@@ -148,22 +153,25 @@ class RunConfig:
         )
 
     def steps(self, records: int) -> int:
-        """Optimiser steps of the whole run over so many records."""
+        """Return the optimizer steps of the whole run on this many records."""
         if self.max_steps is not None:
             return self.max_steps
         return math.ceil(self.epochs * records * self.crops_per_record / self.batch_size)
 
     def warmup(self, records: int) -> int:
-        """Optimiser steps of the warm-up."""
+        """Return the optimizer steps of the warm-up on this many records."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        if self.max_steps is not None:  # the papers' share: 10 of 100 epochs
+        if self.max_steps is not None:  # in the papers 10 of 100 epochs
             return round(self.max_steps * self.warmup_epochs / self.epochs)
         return math.ceil(self.warmup_epochs * records * self.crops_per_record / self.batch_size)
 
 
 def learning_rate_factor(step: int, warmup: int, total: int, cooldown: int | None = None) -> float:
-    """Share of the peak learning rate at a step: linear from 0, then half a cosine to 0, or see `cooldown_steps`."""
+    """Return the learning rate at an optimizer step as a fraction of its peak.
+
+    It rises linearly from 0, then falls along half a cosine to 0, or as `RunConfig.cooldown_steps` says.
+    """
     if step < warmup:
         return step / warmup
     if cooldown is not None:
@@ -172,16 +180,16 @@ def learning_rate_factor(step: int, warmup: int, total: int, cooldown: int | Non
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's configuration.
+    """Read a run's config from a YAML file.
 
     Args:
-        path: a YAML file. Its key `inherits` names others, relative to it, whose values it changes; of several,
-            a later one changes what an earlier one says.
-        overrides: "key=value" with dots for nested keys ("encoder.dim=96"), values as in YAML.
+        path: the YAML file. Its key `inherits` names one or several other files, relative to it. Each file's values
+            replace those of the files before it, and the values of `path` replace them all.
+        overrides: "key=value" with dots for nested keys ("encoder.dim=96"), values in YAML.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a malformed override, an unknown or missing key, or a value of the wrong kind.
+        ValueError: a malformed override, an unknown or missing key, or a value of the wrong type.
     """
     values = _read(Path(path))
     for override in overrides:
@@ -193,13 +201,13 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise ValueError(f"{override!r}: {parent!r} is no group of keys")
+                raise ValueError(f"{override!r}: {parent!r} holds a value, not keys")
         target[last] = _parse(text, override)
     return run_config_from_dict(values, str(path))
 
 
 def run_config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
-    """Build a run's configuration from plain values; the inverse of `dataclasses.asdict`."""
+    """Build a run's config from plain values; the inverse of `dataclasses.asdict`."""
     values = dict(values)
     try:
         encoder = dict(values.pop("encoder"))
@@ -224,7 +232,7 @@ def run_config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"no such configuration: {path}")
+        raise FileNotFoundError(f"no such config: {path}")
     values = _parse(path.read_text(encoding="utf-8"), str(path)) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(values).__name__}")
@@ -239,7 +247,7 @@ def _parse(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not readable as YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -251,23 +259,23 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """Build a dataclass, checking keys and the kinds of plain values."""
+    """Build a dataclass, checking keys and the types of plain values."""
     hints = typing.get_type_hints(cls)
     checked = {}
     for key, value in values.items():
         if key not in hints:
             raise ValueError(f"unknown key {prefix + key!r}; known: {', '.join(hints)}")
-        kinds = tuple(typing.get_origin(kind) or kind for kind in typing.get_args(hints[key]) or (hints[key],))
-        if float in kinds and type(value) in (int, str):
-            with contextlib.suppress(ValueError):  # YAML takes 1e-3, without a dot, for text
+        types = tuple(typing.get_origin(hint) or hint for hint in typing.get_args(hints[key]) or (hints[key],))
+        if float in types and type(value) in (int, str):
+            with contextlib.suppress(ValueError):  # YAML reads 1e-3, which has no dot, as text
                 value = float(value)
-        if tuple in kinds and isinstance(value, list) and all(type(item) is int for item in value):
-            value = tuple(value)  # YAML and JSON know lists only
+        if tuple in types and isinstance(value, list) and all(type(item) is int for item in value):
+            value = tuple(value)  # YAML and JSON have no tuples
         if typing.get_origin(hints[key]) is Literal:
-            if value not in kinds:
-                raise ValueError(f"{prefix}{key} must be one of {', '.join(map(repr, kinds))}; got {value!r}")
-        elif type(value) not in kinds:
-            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            if value not in types:
+                raise ValueError(f"{prefix}{key} must be one of {', '.join(map(repr, types))}; got {value!r}")
+        elif type(value) not in types:
+            names = " or ".join("null" if type_ is type(None) else type_.__name__ for type_ in types)
             raise TypeError(f"{prefix}{key} must be {names}, got {value!r}")
         checked[key] = value
     missing = [

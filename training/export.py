@@ -1,4 +1,4 @@
-"""From a run to weights: `python -m training.export RUN OUT_DIR` writes what `load_model(OUT_DIR)` takes."""
+"""Export a run's encoder: `python -m training.export RUN OUT_DIR` writes weights for `load_model(OUT_DIR)`."""
 
 from __future__ import annotations
 
@@ -11,47 +11,42 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hear_encoders.checkpoint import encoder_from_tensors, save_checkpoint
+from hear_encoders.console import BAD_USAGE, print_error
 from hear_encoders.files import atomic_write
-from training import checkpoints
 from training.config import RunConfig
-from training.pretrain import CONFIG_FILE, read_run_config
+from training.run_dir import load_latest_checkpoint, read_run_config
 
 
 def export(run: Path, output: Path, half: bool = False) -> None:
-    """Write the encoder of a run's newest checkpoint, and the beginning of a model card where there is none.
+    """Write the encoder of a run's newest checkpoint, and a draft of a model card if there is no card.
 
     Args:
-        run: directory of the run.
-        output: directory to write.
-        half: store the weights as float16, in half the space; `load_model` makes float32 of them.
+        run: the run's directory.
+        output: the directory to write.
+        half: store the weights as float16, in half the space; `load_model` converts them to float32.
 
     Raises:
-        FileNotFoundError: no such run, or one without a checkpoint.
+        FileNotFoundError: no such run, or a run without a checkpoint.
         ValueError: a weight does not fit into float16.
     """
-    if not (run / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{run} is not a run: it has no {CONFIG_FILE}")
     config = read_run_config(run)
-    newest = checkpoints.latest(run)
-    if newest is None:
-        raise FileNotFoundError(f"{run} has no checkpoint yet")
-    tensors, state = checkpoints.load(newest)
+    checkpoint, tensors, state = load_latest_checkpoint(run)
     prefix = "encoder."
     encoder_tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     if half:
         encoder_tensors = {name: tensor.half() for name, tensor in encoder_tensors.items()}  # checked just below
-    encoder = encoder_from_tensors(config.encoder, encoder_tensors, str(newest))
+    encoder = encoder_from_tensors(config.encoder, encoder_tensors, str(checkpoint))
     save_checkpoint(output, encoder.half() if half else encoder)
     card = output / "README.md"
     if card.exists():  # somebody may have completed it
-        print(f"{card}: left as it is")
+        print(f"{card} exists already and stays as it is")
         return
     with atomic_write(card) as file:
         file.write(_model_card(config, run, state["step"]).encode())
 
 
 def _model_card(config: RunConfig, run: Path, step: int) -> str:
-    """A card to be completed by whoever publishes the weights: what is known for certain is filled in."""
+    """Draft a model card with all that the run knows; whoever publishes the weights adds the rest."""
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = git.stdout.strip()
@@ -69,9 +64,9 @@ tags: [audio, feature-extraction, self-supervised, {family}]
 
 An encoder of family `{family}`, pretrained with `training.pretrain` of hear-audiomaepp.
 
-- Steps: {step}, of {config.batch_size} crops of 2 s
+- Optimizer steps: {step}, of {config.batch_size} crops of 2 s
 - Code: commit {commit or "unknown"}
-- Training data: (to be described: sources, hours, licences)
+- Training data: (to be described: sources, hours, licenses)
 
 ```python
 import {module}
@@ -88,17 +83,17 @@ model = {module}.load_model("path/to/this/directory")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser("python -m training.export", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
-    parser.add_argument("output", type=Path, metavar="OUT_DIR")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
+    parser.add_argument("output", type=Path, metavar="OUT_DIR", help="directory to write")
     parser.add_argument("--half", action="store_true", help="store the weights as float16, in half the space")
     options = parser.parse_args(arguments)
     try:
         export(options.run, options.output, options.half)
     except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        print_error(parser.prog, f"error: {error}")
+        return BAD_USAGE
     print(f"{options.output}: config.json, model.safetensors, README.md")
     return 0
 

@@ -1,8 +1,8 @@
-"""How much a training step computes, and how much a device can: what model FLOPs utilisation (MFU) is made of.
+"""FLOPs of a call and FLOP/s of a device: the two halves of model FLOPs utilization (MFU).
 
-FLOPs are those of matmuls, attention and convolutions, a multiply-add being two, counted by torch from what is
-really run; norms, activations and other elementwise work are not counted. The device's rate is that of a large
-square matmul in the same precision, measured, not a data sheet's.
+torch counts the FLOPs of the matmuls, attention and convolutions that really run, two per multiply-add; norms,
+activations and other elementwise work do not count. The device's rate is measured with a large square matmul in the
+same precision, not taken from a data sheet.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def _cpu_attention_flop(query: Sequence[int], key: Sequence[int], value: Sequenc
 
 
 def _cpu_attention_backward_flop(
-    gradient: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__
+    grad_out: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__
 ) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
+    return sdpa_backward_flop_count(grad_out, query, key, value)
 
 
-# torch's counter knows the attention kernels of CUDA only.
+# torch's counter knows only CUDA's attention kernels.
 _ADDED_FLOP_FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flop,
@@ -37,14 +37,14 @@ _ADDED_FLOP_FORMULAS = {
 
 
 def count_flop(call: Callable[[], object]) -> int:
-    """Multiplications and additions of the matmuls, attention and convolutions of one call."""
+    """Count the multiplications and additions in the matmuls, attention and convolutions of one call."""
     with FlopCounterMode(display=False, custom_mapping=_ADDED_FLOP_FORMULAS) as counter:
         call()
     return counter.get_total_flops()
 
 
 class Matmul:
-    """Square matmul in a precision: the rate that nothing can exceed."""
+    """A large square matmul, whose rate bounds that of any model in the same precision."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.size = MATMUL_SIZE[device.type]
@@ -56,7 +56,7 @@ class Matmul:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matmul on a device, the median over a fifth of a second."""
+    """Measure the FLOP/s of a large square matmul on a device: the median over a fifth of a second."""
     matmul = Matmul(device, dtype)
 
     def seconds() -> float:

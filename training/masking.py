@@ -1,4 +1,4 @@
-"""Which patches are masked: a random choice per clip, made from noise so that it can be reproduced."""
+"""Which patches are masked: a random choice per clip, made from noise so that it can be repeated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class Masking(NamedTuple):
-    """Masked and visible patches of a batch."""
+    """The masked and visible patches of a batch."""
 
     mask: Tensor  # (B, N) float32, 1 = masked
     keep: Tensor  # (B, K) int64, indices of the visible patches in the order the encoder sees them
-    restore: Tensor  # (B, N) int64, place of patch i in (visible patches, masked patches)
+    restore: Tensor  # (B, N) int64, index of patch i in the concatenation of visible and masked patches
 
 
 def random_masking(noise: Tensor, ratio: float) -> Masking:
@@ -30,22 +30,22 @@ def random_masking(noise: Tensor, ratio: float) -> Masking:
 
 
 def visible_count(patches: int, ratio: float) -> int:
-    """How many patches stay visible."""
+    """Return how many patches stay visible."""
     return int(round(patches * (1 - ratio), 6))  # 250 * (1 - 0.8) is 49.99... in floating point
 
 
 def masking_noise(seed: int, step: int, clips: int, patches: int) -> Tensor:
-    """Uniform noise (clips, patches) of one global batch: a function of seed and step alone.
+    """Return uniform noise (clips, patches) for one global batch: a function of seed and optimizer step alone.
 
-    Every process draws the same noise and takes its own rows, so that the masks do not depend on how many
-    processes share a batch, and resuming at a step needs no generator's state.
+    Every process draws the same noise and takes its own rows. So masks do not depend on how many processes share a
+    batch, and resuming needs no generator's state.
     """
     generator = torch.Generator().manual_seed(hash_seed(seed, step))
     return torch.rand(clips, patches, generator=generator)
 
 
 def hash_seed(*numbers: int) -> int:
-    """Mix integers into one 63-bit seed; unlike a sum, near numbers give unrelated seeds."""
+    """Mix integers into one 63-bit seed. Unlike sums, seeds of neighboring numbers are unrelated."""
     mixed = 0x9E3779B97F4A7C15
     for number in numbers:
         mixed = (mixed ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF

@@ -1,11 +1,11 @@
-"""Pretraining models: an encoder with what it needs to predict masked patches, and the loss.
+"""Pretraining models, which predict masked patches, and their loss.
 
-Two objectives. `MaskedAutoencoder` (AudioMAE++ section 2.2; MAE): most patches are dropped, the encoder sees the
-rest, a decoder restores the order around mask tokens and predicts the dropped ones. `MaskedModel` (AxLSTM section
-2.2; SSAST): masked patches are replaced by a mask token, the encoder sees all, a small head predicts.
+There are two objectives. `MaskedAutoencoder` (AudioMAE++ section 2.2; MAE) drops most patches: the encoder sees the
+rest, and a decoder puts them back in order among mask tokens and predicts the dropped ones. `MaskedModel` (AxLSTM
+section 2.2; SSAST) replaces masked patches by a mask token: the encoder sees all, and a small head predicts.
 
-Letters in shape comments: B clips, N patches of a clip, K visible patches, P values in a patch, D encoder and
-E decoder channels.
+Shape letters: B clips, N patches of a clip, K visible patches, P values of a patch, D encoder channels, E decoder
+channels.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from training.masking import Masking, visible_count
 
 
 class Prediction(NamedTuple):
-    """What a pretraining model returns."""
+    """The output of a pretraining model."""
 
-    loss: Tensor  # () float32, mean squared error over masked patches
+    loss: Tensor  # () float32, mean squared error of the masked patches
     patches: Tensor  # (B, N, P) float32, predicted values of all patches
 
 
 def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean over masked patches of the mean squared error of their values (both papers, section 2.2).
+    """Return the mean squared error of the masked patches (both papers, section 2.2).
 
     Args:
         prediction, target: (B, N, P).
@@ -46,11 +46,11 @@ def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Decoder of a masked autoencoder: restores the patch order around mask tokens and predicts all patches.
+    """A masked autoencoder's decoder: puts patches back in order among mask tokens and predicts all of them.
 
     Args:
         encoder_dim: channels of the encoder's tokens.
-        config: the decoder's own blocks; its patch grid is the encoder's.
+        config: the decoder's blocks; its patch grid is the encoder's.
     """
 
     def __init__(self, encoder_dim: int, config: TransformerConfig) -> None:
@@ -80,13 +80,13 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the encoder: xavier-uniform linears, zero biases, the mask token normal with std 0.02."""
+        """Initialize like the encoder: xavier-uniform linears, zero biases, the mask token normal with std 0.02."""
         initialize_transformer(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
 
 class MaskedAutoencoder(nn.Module):
-    """AudioMAE++ and MAE: the encoder sees the visible patches only."""
+    """AudioMAE++ and MAE: the encoder sees only the visible patches."""
 
     def __init__(self, config: EncoderConfig, decoder: TransformerConfig) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = Decoder(config.dim, decoder)
 
     def forward(self, logmel: Tensor, masking: Masking) -> Prediction:
-        """Predict the masked patches of normalised log-mel (B, frames, bands)."""
+        """Predict the patches of normalized log-mel (B, frames, bands)."""
         tokens = self.encoder.embed(logmel)  # (B, N, D)
         visible = tokens.gather(1, masking.keep[..., None].expand(-1, -1, tokens.shape[-1]))  # (B, K, D)
         encoded = self.encoder.encode(visible, masking.keep)  # (B, 1 + K, D)
@@ -111,10 +111,10 @@ class MaskedModel(nn.Module):
     """AxLSTM and SSAST: the encoder sees all patches, the masked ones as a mask token.
 
     Args:
-        config: of the encoder.
-        mask_positions: mask tokens have the positions of the patches they stand for. The papers' text (AxLSTM
-            section 2.2) and released code put the bare mask token where patch and position were: attention, which
-            knows places by nothing else, then predicts the same for all masked patches of a clip.
+        config: the encoder's config.
+        mask_positions: add to each mask token the position of the patch that it replaces. Text (AxLSTM section 2.2)
+            and released code replace the patch and its position by the bare mask token: attention, which sees
+            positions in no other way, then predicts the same for all masked patches of a clip.
     """
 
     def __init__(self, config: EncoderConfig, mask_positions: bool = True) -> None:
@@ -127,7 +127,7 @@ class MaskedModel(nn.Module):
         )
 
     def forward(self, logmel: Tensor, masking: Masking) -> Prediction:
-        """Predict the masked patches of normalised log-mel (B, frames, bands)."""
+        """Predict the patches of normalized log-mel (B, frames, bands)."""
         tokens = self.encoder.embed(logmel)  # (B, N, D), positions added
         masks = self.mask_token + self.encoder.position_table if self.mask_positions else self.mask_token
         tokens = torch.where(masking.mask[..., None] > 0, masks.to(tokens.dtype), tokens)
@@ -143,7 +143,7 @@ class MaskedModel(nn.Module):
 
 
 def build_model(config: RunConfig) -> MaskedAutoencoder | MaskedModel:
-    """Build the pretraining model of a run, initialised from its seed."""
+    """Build a run's pretraining model, initialized from the run's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.decoder is not None:
@@ -155,14 +155,14 @@ def build_model(config: RunConfig) -> MaskedAutoencoder | MaskedModel:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Where a pretraining model's forward pass runs, for a precision of `RunConfig`."""
+    """Return the context in which a forward pass runs in a precision of `RunConfig`."""
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
 def count_clip_flop(config: RunConfig) -> int:
-    """FLOPs of training on one clip, forward and backward, counted without memory or arithmetic."""
+    """Count the FLOPs of training on one clip, forward and backward, without computing anything."""
     patches = config.encoder.patches
     visible = visible_count(patches.patches, config.mask_ratio)
     with FakeTensorMode():

@@ -1,4 +1,4 @@
-"""Pretraining models: the released code's predictions and losses, masking, and what the loss covers."""
+"""Pretraining models: the released code's predictions and losses, masking, and which patches the loss covers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MASKED_MODELS = ["axlstm_e2_flip", "axlstm_e3_flip", "axlstm_e3_noflip", "ssast"
 
 
 def released_model(name, released):
-    """The pretraining model with the weights of a golden checkpoint, decoder or head included."""
+    """Build the pretraining model with a golden checkpoint's weights, decoder or head included."""
     path = GOLDEN / f"{name}.pth"
     config, encoder = import_checkpoint(path, heads=released["num_heads"], flip=released.get("flip", True))
     state = {f"encoder.{key}": tensor for key, tensor in encoder.items()}
@@ -85,7 +85,7 @@ def test_every_parameter_is_trained(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_masked_patches_cannot_be_seen(family):
+def test_predictions_do_not_depend_on_masked_patches(family):
     torch.manual_seed(0)
     model = small_model(family)
     model.reset_parameters()
@@ -113,7 +113,7 @@ def test_without_positions_attention_predicts_the_same_for_all_masked_patches():
     assert spread[False] < 1e-6 < 1e-2 < spread[True]
 
 
-def test_the_loss_covers_masked_patches_only():
+def test_the_loss_covers_only_masked_patches():
     target = torch.randn(2, 10, 4)
     mask = torch.zeros(2, 10)
     mask[0, :3] = 1
@@ -125,7 +125,7 @@ def test_the_loss_covers_masked_patches_only():
 
 
 @pytest.mark.parametrize(("ratio", "visible"), [(0.8, 50), (0.5, 125), (0.75, 62)])
-def test_masking_keeps_the_papers_share(ratio, visible):
+def test_masking_keeps_as_many_patches_as_the_papers(ratio, visible):
     noise = torch.rand(3, 250)
     mask, keep, restore = random_masking(noise, ratio)
     assert keep.shape == (3, visible) and mask.sum(1).tolist() == [250 - visible] * 3
@@ -142,8 +142,8 @@ def test_masks_are_a_function_of_seed_and_step():
         assert not torch.equal(one, other)
 
 
-def test_the_decoder_puts_patches_back_in_their_places():
-    """With blocks that do nothing, a visible patch's prediction depends on that patch alone."""
+def test_the_decoder_puts_patches_back_in_order():
+    """Without blocks, a visible patch's prediction depends on that patch alone."""
     model = small_model("mae")
     model.reset_parameters()
     model.encoder.blocks = torch.nn.ModuleList()

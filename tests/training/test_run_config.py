@@ -1,4 +1,4 @@
-"""Configurations of runs: every system of both papers, inheritance, overrides, mistakes."""
+"""Run configs: every system of both papers, inheritance, overrides, mistakes."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_every_preset_has_a_config_with_the_papers_pretraining(name):
         ("axlstm_tiny_e3_sigmoid", {"input_gate": "sigmoid"}),
     ],
 )
-def test_ablations_differ_from_the_model_in_what_they_ablate(name, changes):
+def test_ablations_differ_from_the_model_only_in_what_they_ablate(name, changes):
     assert load_run_config(CONFIGS / f"{name}.yaml").encoder == dataclasses.replace(PRESETS["axlstm_tiny"], **changes)
 
 
-def test_overrides_reach_groups_that_the_file_leaves_to_their_defaults():
+def test_overrides_reach_groups_that_the_file_does_not_mention():
     config = load_run_config(CONFIGS / "mae_tiny.yaml", ["encoder.patches.patch_frames=8"])
     assert config.encoder.patches == PatchConfig(patch_frames=8)
 
@@ -66,12 +66,12 @@ def test_small_machines_have_a_config_per_family_with_the_papers_tiny_encoder():
         config, paper = (load_run_config(CONFIGS / f"{family}_tiny{suffix}.yaml") for suffix in ("_cpu", ""))
         assert config.encoder == paper.encoder and config.mask_ratio == paper.mask_ratio
         assert config.batch_size == 16
-        if config.decoder is not None:  # lighter, and so is the step
+        if config.decoder is not None:  # a smaller decoder makes steps cheaper
             assert config.decoder.depth < paper.decoder.depth and config.decoder.dim < paper.decoder.dim
             assert count_clip_flop(config) < 0.35 * count_clip_flop(paper)
 
 
-def test_ablations_of_patches_rope_and_decoder():
+def test_ablations_of_patch_size_rope_and_decoder():
     def config(name):
         return load_run_config(CONFIGS / f"{name}.yaml")
 
@@ -101,18 +101,18 @@ def test_overrides_change_nested_values_too():
         ("base_lr=fast", "base_lr must be float, got 'fast'"),
         ("compile=1", "compile must be bool, got 1"),
         ("precision=int8", "precision must be one of 'float32', 'bfloat16', 'float16'; got 'int8'"),
-        ("decoder=null", "family 'mae' takes a decoder"),
+        ("decoder=null", "family 'mae' needs a decoder"),
         ("mask_ratio=1", "mask_ratio must lie between 0 and 1, got 1.0"),
         ("batch_size=0", "batch_size must be at least 1, got 0"),
         ("max_steps=0", "max_steps must be at least 1 or null, got 0"),
         ("milestone_every=0", "milestone_every must be at least 1 or null, got 0"),
         ("epochs=0", "epochs must be above 0"),
-        ("shares=[50,50", r"shares=\[50,50: not readable as YAML"),
+        ("shares=[50,50", r"shares=\[50,50: not valid YAML"),
         ("crops_per_record=3", "crops_per_record = 3 must divide batch_size = 1024"),
         ("encoder.heads=5", "heads = 5 must divide dim = 192"),
         ("batch_size", "expected key=value, got 'batch_size'"),
         ("nothing.here=1", "unknown key 'nothing'"),
-        ("mask_ratio.here=1", "'mask_ratio' is no group of keys"),
+        ("mask_ratio.here=1", "'mask_ratio' holds a value, not keys"),
     ],
 )
 def test_a_mistaken_override_is_named(override, message):
@@ -140,22 +140,22 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_with_a_cooldown_the_rate_stays_at_its_peak_and_then_falls_linearly():
+def test_with_a_cooldown_the_learning_rate_stays_at_its_peak_and_then_falls_linearly():
     rates = [learning_rate_factor(step, warmup=10, total=110, cooldown=20) for step in range(111)]
     assert rates[5] == 0.5 and set(rates[10:91]) == {1.0}
     assert rates[100] == 0.5 and rates[110] == 0
 
 
-def test_a_cooldown_needs_a_run_whose_length_and_warm_up_are_given():
+def test_a_cooldown_needs_max_steps_and_warmup_steps():
     settings = ["max_steps=100", "warmup_steps=10", "cooldown_steps=90"]
     assert load_run_config(CONFIGS / "axlstm_tiny.yaml", settings).cooldown_steps == 90
-    with pytest.raises(ValueError, match="max_steps and warmup_steps, both given"):
+    with pytest.raises(ValueError, match="needs both max_steps and warmup_steps"):
         load_run_config(CONFIGS / "axlstm_tiny.yaml", settings[1:])
     with pytest.raises(ValueError, match="between 1 and max_steps - warmup_steps = 90, got 91"):
         load_run_config(CONFIGS / "axlstm_tiny.yaml", [*settings, "cooldown_steps=91"])
 
 
-def test_epochs_become_steps():
+def test_epochs_become_optimizer_steps():
     config = load_run_config(CONFIGS / "axlstm_tiny.yaml")
     assert config.steps(2_000_000) == 195_313 and config.warmup(2_000_000) == 19_532  # AudioSet, 100 and 10 epochs
     twice = dataclasses.replace(config, crops_per_record=2)
@@ -181,7 +181,7 @@ def test_weight_decay_spares_biases_norms_and_tokens(name):
 
 
 @pytest.mark.parametrize("name", ["audiomaepp_tiny_cpu", "axlstm_tiny_cpu"])
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(name):
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(name):
     config = load_run_config(CONFIGS / f"{name}.yaml", ["encoder.depth=1", "optimizer=muon"])
     model = build_model(config)
     names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
@@ -195,7 +195,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(name):
     assert [n for n in muon if not linear.fullmatch(n)] == [] == [n for n in adamw if linear.fullmatch(n)]
 
 
-def test_a_run_is_frozen():
+def test_a_run_config_is_frozen():
     config = load_run_config(CONFIGS / "mae_tiny.yaml")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
