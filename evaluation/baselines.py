@@ -1,9 +1,9 @@
-"""A HEAR module of what an encoder has to beat: statistics of log-mel, and encoders that were never trained.
+"""A HEAR module of baselines that an encoder must beat: log-mel statistics and untrained encoders.
 
     python -m evaluation run --module evaluation.baselines --name logmel ...
     python -m evaluation run --module evaluation.baselines --option untrained=axlstm_tiny ...
 
-The untrained encoders have an option here because `load_model()` of the packages takes their bundled weights.
+Untrained encoders are here because `hear_axlstm.load_model()` and its twin load the bundled weights by default.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hear_encoders.config import preset
-from hear_encoders.embedder import Embedder, check_audio
+from hear_encoders.checks import check_audio
+from hear_encoders.config import PatchConfig, preset
+from hear_encoders.embedder import Embedder
+from hear_encoders.framing import ExactFraming
 from hear_encoders.nn.build import build_encoder
-from hear_encoders.nn.frontend import BANDS, HOP, HOP_MS, SAMPLE_RATE, LogMel
+from hear_encoders.nn.frontend import BANDS, SAMPLE_RATE, LogMel
 
-# Time steps as those of the encoders: 4 frames each, at the centre of their frames.
-STEP_FRAMES = 4
-FIRST_STEP_MS = HOP_MS * (STEP_FRAMES - 1) / 2
-WINDOW_FRAMES = 20  # 200 ms around the step's centre
+STEP_FRAMES = PatchConfig().patch_frames
+WINDOW_FRAMES = 20  # 200 ms around a step's center
 
 
 class LogMelStatistics(nn.Module):
-    """Mean and standard deviation of the 80 log-mel bands over time: no weights, 160 numbers."""
+    """Mean and standard deviation over time of the 80 log-mel bands: 160 values, no weights."""
 
     sample_rate = SAMPLE_RATE
     scene_embedding_size = timestamp_embedding_size = 2 * BANDS
@@ -33,25 +33,24 @@ class LogMelStatistics(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.log_mel = LogMel()
+        self._framing = ExactFraming(PatchConfig())  # the encoders' time steps
 
     def scene_embeddings(self, audio: Tensor) -> Tensor:
-        """Statistics over the whole clip: (B, samples) -> (B, 160) on the audio's device."""
+        """Return statistics over whole clips: (B, samples) -> (B, 160), on the audio's device."""
         return _statistics(self._frames(audio)).to(audio.device)
 
     def timestamp_embeddings(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """Statistics over 200 ms around each step, at a clip's edges with its outermost frames repeated.
+        """Return statistics over 200 ms around each step; at a clip's edges its first or last frame is repeated.
 
         Returns:
-            (B, T, 160) and timestamps (B, T) in milliseconds, 40 i + 15, those that lie within the clip.
+            (B, T, 160), and timestamps (B, T) in milliseconds, those of the encoders' exact framing.
         """
         frames = self._frames(audio)
-        samples = audio.shape[-1]
-        steps = max(1, (samples - HOP * (STEP_FRAMES - 1) // 2) // (HOP * STEP_FRAMES) + 1)
-        step = torch.arange(steps, device=frames.device)
+        timestamps = self._framing.timestamps_ms(audio.shape[-1])
+        step_begin = STEP_FRAMES * torch.arange(len(timestamps), device=frames.device)
         offset = torch.arange(WINDOW_FRAMES, device=frames.device) - (WINDOW_FRAMES - STEP_FRAMES) // 2
-        index = (STEP_FRAMES * step[:, None] + offset).clamp_(0, frames.shape[1] - 1)  # (T, window)
-        embeddings = _statistics(frames[:, index])  # of (B, T, window, bands)
-        timestamps = FIRST_STEP_MS + HOP_MS * STEP_FRAMES * step.float()
+        index = (step_begin[:, None] + offset).clamp_(0, frames.shape[1] - 1)  # (T, window)
+        embeddings = _statistics(frames[:, index])  # (B, T, window, bands) -> (B, T, 160)
         return embeddings.to(audio.device), timestamps.expand(len(frames), -1).to(audio.device)
 
     def _frames(self, audio: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ class LogMelStatistics(nn.Module):
 
 
 def _statistics(frames: Tensor) -> Tensor:
-    """Mean and standard deviation over the last dimension but one, side by side in the last."""
+    """Return mean and standard deviation over frames: (..., frames, bands) -> (..., 2 * bands)."""
     variance, mean = torch.var_mean(frames, dim=-2, correction=0)
     return torch.cat([mean, variance.sqrt()], dim=-1)
 
@@ -67,31 +66,31 @@ def _statistics(frames: Tensor) -> Tensor:
 def load_model(
     model_file_path: str = "", *, untrained: str | None = None, seed: int = 0, **options: Any
 ) -> LogMelStatistics | Embedder:
-    """Make a baseline.
+    """Create a baseline.
 
     Args:
-        model_file_path: nothing; there are no weights to load.
-        untrained: an encoder's preset such as "axlstm_tiny"; None makes log-mel statistics.
-        seed: of the untrained encoder's weights.
-        options: of `hear_encoders.Embedder`, for an untrained encoder.
+        model_file_path: must be empty: there are no weights to load. HEAR requires the parameter.
+        untrained: preset of an untrained encoder, such as "axlstm_tiny"; None creates log-mel statistics.
+        seed: for the untrained encoder's initial weights.
+        options: keyword arguments of `hear_encoders.Embedder`, for an untrained encoder.
 
     Raises:
-        ValueError: weights were given, or an option that the baseline does not have.
+        ValueError: weights were given, or options for log-mel statistics.
     """
     if model_file_path:
-        raise ValueError(f"the baselines take no weights, got {model_file_path}")
+        raise ValueError(f"baselines have no weights to load, got {model_file_path}")
     if untrained is None:
         if options or seed:
-            raise ValueError("log-mel statistics have no options; did you mean untrained=PRESET?")
+            raise ValueError("log-mel statistics have no options; did you mean to pass untrained=PRESET as well?")
         return LogMelStatistics().eval()
     return Embedder(build_encoder(preset(untrained), seed=seed), **options).eval()
 
 
 def get_scene_embeddings(audio: Tensor, model: LogMelStatistics | Embedder) -> Tensor:
-    """One embedding per clip: (clips, samples) -> (clips, size)."""
+    """Return one embedding per clip: (clips, samples) -> (clips, size)."""
     return model.scene_embeddings(audio)
 
 
 def get_timestamp_embeddings(audio: Tensor, model: LogMelStatistics | Embedder) -> tuple[Tensor, Tensor]:
-    """One embedding per 40 ms: (clips, steps, size), and timestamps (clips, steps) in milliseconds."""
+    """Return an embedding per 40 ms step, (clips, steps, size), and timestamps (clips, steps) in milliseconds."""
     return model.timestamp_embeddings(audio)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hear_encoders.audio import find_audio, load_audio
+from hear_encoders.checks import check_audio
 from hear_encoders.console import BAD_USAGE, output_path, positive, print_error
-from hear_encoders.embedder import check_audio
 from hear_encoders.files import atomic_write
 from hear_encoders.nn.frontend import SAMPLE_RATE
 

@@ -1,11 +1,11 @@
-"""Eight labelled tasks in HEAR's format, made from freely licensed recordings in Debian's packages.
+"""Eight labeled tasks in HEAR's format, made from freely licensed recordings in Debian's packages.
 
-HEAR's own data must be applied for, downloaded from many places, or paid for. These tasks are modelled on HEAR's,
+HEAR's own data must be applied for, downloaded from many places, or paid for. These tasks are modeled on HEAR's,
 anyone with an internet connection and apt can make them, and heareval runs them unchanged:
 
     python -m evaluation.open_tasks OUT_DIR
 
-    task               modelled on                        classes, clips      split
+    task               modeled on                        classes, clips      split
     drum_stroke        Mridangam stroke, Beijing opera    8, 724              5 folds by kit maker
     everyday_sounds    ESC-50                             12, 661             4 folds by package
     pitch              NSynth pitch 5h                    48, about 1700      by sound font and instrument

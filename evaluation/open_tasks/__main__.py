@@ -74,16 +74,8 @@ def build(name: str, out_dir: Path, cache: Path, jobs: int = 1) -> tuple[Path, b
     sources = recipe.sources()
     check_decoders(sources)
     packages = packages_of(sources)
-    _log(f"{name}: fetching packages, {len(packages)} in all")
     archive.fetch(packages, cache)
-    _log(f"{name}: making clips")
     return write_task(out_dir, spec, recipe.clips(cache, jobs), packages, cache, jobs), True
-
-
-def _log(message: str) -> None:
-    """Report progress when standard error is a file; on a terminal there are progress bars."""
-    if not sys.stderr.isatty():
-        print_error(PROG, message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
 from hear_encoders.files import locked
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from training.corpora import archive
+from training.corpora.progress import progress
 
 Label = str | dict[str, Any]  # a scene's label, or an event: label, start, end (ms)
 
@@ -162,9 +162,9 @@ def write_task(
             path = folder / str(SAMPLE_RATE) / clip.split / clip.name
             path.write_bytes(wav_bytes(check_samples(clip.make(), spec, clip)))
 
-        with ThreadPoolExecutor(jobs) as pool:
-            for _ in tqdm(pool.map(write, clips), total=len(clips), desc=spec.name, unit="clip", disable=None):
-                pass
+        with progress(len(clips), "clip", spec.name) as advance, ThreadPoolExecutor(jobs) as pool:
+            for _ in pool.map(write, clips):
+                advance()
         for split in spec.splits:
             labels = {clip.name: list(clip.labels) for clip in _by_name(clips) if clip.split == split}
             _write_text(folder / f"{split}.json", json.dumps(labels, indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""onsets: drum hits at random, known times over quiet music or ambience, modelled on DCASE 2016 task 2.
+"""onsets: drum hits at random, known times over quiet music or ambience, modeled on DCASE 2016 task 2.
 
 The hits are those of drum_stroke. A split has the kits of whole folds and its own backgrounds, so neither crosses
 splits; a group is a kit's maker or a background's author. A clip is 5 s long and has one background, looped without a

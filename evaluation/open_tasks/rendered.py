@@ -1,4 +1,4 @@
-"""Tasks whose clips are rendered notes, modelled on NSynth: pitch and instrument families.
+"""Tasks whose clips are rendered notes, modeled on NSynth: pitch and instrument families.
 
 Each of three sound fonts renders 16 notes from MIDI 36 to 83 with every General MIDI program from 0 to 79 except 55,
 which plays a stab of several notes. A clip is 2 s, without reverb and chorus, peak-normalized. The 48 pitches are
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from evaluation.open_tasks.fluidsynth import render, synthesizer_packages
 from evaluation.open_tasks.folder import Clip, TaskSpec
 from evaluation.open_tasks.sources import normalize_peak
 from training.corpora import archive
+from training.corpora.progress import progress
 
 SECONDS = 2.0
 NOTES = range(36, 84)
@@ -146,10 +146,13 @@ def rendered_clips(name: str, cache: Path, jobs: int = 1) -> list[Clip]:
         }
 
     clips: list[Clip] = []
-    with ThreadPoolExecutor(jobs) as pool:
-        rendering = tqdm(pool.map(render_one, instruments), f"{name}: rendering", len(instruments), disable=None)
-        for instrument, rendered in zip(instruments, rendering):
+    with (
+        progress(len(instruments), "instrument", f"{name}: rendering") as advance,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        for instrument, rendered in zip(instruments, pool.map(render_one, instruments)):
             clips += _clips(name, instrument, rendered)
+            advance()
     return clips
 
 

@@ -1,4 +1,4 @@
-"""speaker_count: how many people speak at once, one to four, modelled on LibriCount.
+"""speaker_count: how many people speak at once, one to four, modeled on LibriCount.
 
 A mixture has one to four different voices of its split, each for the full 2 s and all at the same root mean square;
 the sum is peak-normalized. A voice is one person as far as the packages tell: a telephone announcer, a reader, or the

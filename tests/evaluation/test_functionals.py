@@ -1,4 +1,4 @@
-"""The ComParE baseline around openSMILE, which is not installed here: a stand-in computes 6373 other numbers."""
+"""The ComParE baseline, with a fake openSMILE: the real one is licensed for research only and not installed here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Frame:
 
 
 class Smile:
-    """Number i is i times the clip's root mean square; the first is not a number."""
+    """Value i is i times the clip's root mean square; value 0 is NaN."""
 
     def __init__(self, feature_set: str, feature_level: str) -> None:
         assert (feature_set, feature_level) == ("ComParE 2016", "functionals")
@@ -54,12 +54,12 @@ def statistics(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:audio peaks")
-def test_embeddings_are_functionals_in_standard_deviations_from_the_mean(statistics):
+def test_embeddings_are_standardized_functionals(statistics):
     model = functionals.load_model(str(statistics))
     with np.load(statistics) as file:
         mean, std = file["mean"], file["std"]
     np.testing.assert_allclose(mean[1:] / np.arange(1, functionals.SIZE), mean[1], rtol=1e-4)
-    assert 0.2 < mean[1] < 0.4 and 0.1 < std[1] < 0.2  # of levels 0.1 to 0.5
+    assert 0.2 < mean[1] < 0.4 and 0.1 < std[1] < 0.2  # for levels from 0.1 to 0.5
     audio = torch.full((2, 8000), 0.3)
     audio[1] *= 100
     scene = functionals.get_scene_embeddings(audio, model)
@@ -68,7 +68,7 @@ def test_embeddings_are_functionals_in_standard_deviations_from_the_mean(statist
     assert scene[0, 0] == 0 and scene[1, 5] == functionals.LARGEST
 
 
-def test_what_it_cannot_do_is_said(statistics, tmp_path, capsys):
+def test_unsupported_uses_raise_errors_that_explain(statistics, tmp_path, capsys):
     with pytest.raises(ValueError, match="no weights: pass the file"):
         functionals.load_model()
     with pytest.raises(ValueError, match="whole clips"):

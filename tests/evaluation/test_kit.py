@@ -1,4 +1,4 @@
-"""What a step of the kit hands to heareval, which a small module of its name stands in for."""
+"""The calls that the kit's steps make into heareval, which small fake modules stand in for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evaluation import kit
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Make modules importable; all that a step changes about the process is undone."""
+    """Return a function that makes a fake module importable. Undo a step's changes to the process afterwards."""
 
     def stand_in(name: str, **contents) -> types.ModuleType:
         module = types.ModuleType(name)
@@ -38,14 +38,14 @@ def stand_in(monkeypatch):
 
 @pytest.fixture
 def predictions(stand_in):
-    """Stand-ins of all that `predict` changes; `calls` is what heareval was asked for."""
+    """Fake the modules that `predict` patches. The fixture's value records the calls to heareval."""
     calls: dict = {}
 
     class FitLoop:
         epoch_progress = types.SimpleNamespace(current=types.SimpleNamespace(completed=3))
 
     def runner(arguments: list[str], standalone_mode: bool) -> None:
-        task_predictions.seed_everything(42, workers=False)  # as heareval has it
+        task_predictions.seed_everything(42, workers=False)  # as heareval does
         calls.update(arguments=arguments, grid=dict(task_predictions.PARAM_GRID), links=os.listdir(arguments[0]))
         calls["stopping"] = task_predictions.EarlyStopping(patience=20)
         loop = FitLoop()
@@ -72,7 +72,7 @@ def predictions(stand_in):
     return calls
 
 
-def test_heareval_searches_the_papers_grid_with_the_seed_asked_for(predictions, tmp_path):
+def test_heareval_searches_the_papers_grid_with_the_given_seed(predictions, tmp_path):
     (tmp_path / "embeddings" / "fold").mkdir(parents=True)
     (tmp_path / "embeddings" / "train.embeddings.npy").write_bytes(b"numbers")
     kit.predict(str(tmp_path / "embeddings"), str(tmp_path / "seed"), 5)
@@ -91,23 +91,23 @@ def test_heareval_searches_the_papers_grid_with_the_seed_asked_for(predictions, 
         "optim": ["Adam"],  # heareval's own
     }
     folder, _, points = predictions["arguments"]
-    assert folder == str(tmp_path / "seed") and int(points) >= 2  # all points are tried
+    assert folder == str(tmp_path / "seed") and int(points) >= 2  # tries all grid points
     assert predictions["links"] == ["train.embeddings.npy"]
     assert (tmp_path / "seed" / "train.embeddings.npy").read_bytes() == b"numbers"
 
 
-def test_training_goes_on_through_undefined_scores_and_tests_the_best_epochs_postprocessing(predictions, tmp_path):
+def test_training_continues_through_undefined_scores_and_tests_the_best_epochs_postprocessing(predictions, tmp_path):
     (tmp_path / "embeddings").mkdir()
     kit.predict(str(tmp_path / "embeddings"), str(tmp_path / "seed"), 0)
     assert predictions["stopping"] == {"check_finite": False, "patience": 20}
     assert predictions["epoch"] == (7, 7)
 
 
-def test_embeddings_are_there_as_a_whole_or_not_at_all(stand_in, tmp_path):
-    asked: list[list[str]] = []
+def test_the_embeddings_folder_appears_only_when_complete(stand_in, tmp_path):
+    calls: list[list[str]] = []
 
     def runner(arguments: list[str], standalone_mode: bool, fail: bool) -> None:
-        asked.append(arguments)
+        calls.append(arguments)
         folder = Path(arguments[arguments.index("--embeddings-dir") + 1]) / "module_options" / "birds"
         folder.mkdir(parents=True)
         (folder / "train.embeddings.npy").write_bytes(b"numbers")
@@ -125,30 +125,30 @@ def test_embeddings_are_there_as_a_whole_or_not_at_all(stand_in, tmp_path):
     stand_in("heareval.embeddings.runner", runner=functools.partial(runner, fail=False))
     kit.embed(*arguments)
     assert [path.name for path in tmp_path.rglob("*")] == ["embeddings", "train.embeddings.npy"]
-    words = asked[-1]
+    words = calls[-1]
     assert words[0] == "module" and words[words.index("--model") + 1] == "a/weights"
     assert words[words.index("--task") + 1] == "birds" and words[words.index("--tasks-dir") + 1] == "tasks"
     assert json.loads(words[words.index("--model-options") + 1]) == {"framing": "exact"}
 
 
 def test_a_module_is_imported_before_tensorflow(stand_in, monkeypatch, tmp_path):
-    """openSMILE's library corrupts memory where TensorFlow's was loaded first."""
+    """openSMILE's library corrupts memory if TensorFlow's was loaded first."""
     imports = stand_in("imports", seen=[])
     (tmp_path / "a_model.py").write_text("import imports\nimports.seen.append('a_model')\n")
     (tmp_path / "tensorflow.py").write_text("import imports\nimports.seen.append('tensorflow')\nclass test: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("a_model", "tensorflow"):
-        stand_in(name)  # so that it is taken out again afterwards
+        stand_in(name)  # so that monkeypatch removes it afterwards
         del sys.modules[name]
     stand_in("heareval.embeddings")
     stand_in("heareval.embeddings.runner", runner=lambda *_, **__: imports.seen.append("heareval"))
-    with pytest.raises(ValueError):  # this heareval leaves no embeddings
+    with pytest.raises(ValueError):  # this fake heareval writes no embeddings
         kit.embed("a_model", None, {}, str(tmp_path), "task", str(tmp_path / "out"))
     assert imports.seen == ["a_model", "tensorflow", "heareval"]
 
 
-def test_a_models_fingerprint_is_of_its_weights_names_and_dtypes(tmp_path):
-    def described(change) -> str:
+def test_a_models_fingerprint_covers_weights_names_and_dtypes(tmp_path):
+    def fingerprint(change) -> str:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(3, 2))
         with torch.no_grad():
@@ -161,7 +161,7 @@ def test_a_models_fingerprint_is_of_its_weights_names_and_dtypes(tmp_path):
     def exchange(model):
         model[0], model[1] = model[1], model[0]
 
-    same, again = described(lambda model: None), described(lambda model: None)
+    same, again = fingerprint(lambda model: None), fingerprint(lambda model: None)
     assert same == again
-    assert len({same, described(nudge), described(exchange), described(lambda model: model.half())}) == 4
+    assert len({same, fingerprint(nudge), fingerprint(exchange), fingerprint(lambda model: model.half())}) == 4
     assert kit._weights(object()) == {"parameters": None, "fingerprint": None}

@@ -1,4 +1,4 @@
-"""The open tasks: their lists and draws, how their clips are made, and their folders, without any download."""
+"""The open tasks: lists, random draws, making of clips, and task folders, without any download."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tone(seconds: float, hz: float = 440.0, rate: int = RATE) -> np.ndarray:
 
 @pytest.fixture
 def cache(tmp_path):
-    """A cache with a package called `toys`, of sounds and a copyright file."""
+    """A cache with the package `toys`, which has a copyright file; tests add sounds."""
     folder = tmp_path / "cache" / "toys"
     doc = folder / "usr/share/doc/toys"
     doc.mkdir(parents=True)
@@ -65,7 +65,7 @@ def test_recorded_tasks_have_their_clips_classes_and_splits(tmp_path, name, clip
     assert Counter(clip.split for clip in made) == splits
     assert set(task.splits) == set(splits)
     assert {clip.labels[0] for clip in made} == set(task.labels)
-    check_clips(task, made)  # no group in two splits, no name twice
+    check_clips(task, made)  # no group in two splits, unique names
 
 
 def test_every_language_is_in_every_split(tmp_path):
@@ -75,12 +75,12 @@ def test_every_language_is_in_every_split(tmp_path):
     }
 
 
-def test_a_speaker_of_both_languages_is_in_one_fold():
+def test_a_speaker_of_two_languages_is_in_one_fold():
     folds = {(row["group"][2:], row["split"]) for row in sources.read_list("spoken_words")}
     assert all(group == fold for group, fold in folds)
 
 
-def test_51_voices_are_in_one_split_each():
+def test_each_of_51_voices_is_in_one_split():
     rows = sources.read_list("speaker_count")
     voices = {(row["group"], row["split"]) for row in rows}
     assert len(voices) == len({voice for voice, _ in voices}) == 51
@@ -109,7 +109,7 @@ def test_every_source_is_a_path_in_a_package():
 
 
 @pytest.mark.parametrize("name", command.RECIPES)
-def test_descriptions_are_what_heareval_takes(name):
+def test_metadata_is_as_heareval_expects(name):
     task = command.RECIPES[name].spec()
     about = task.metadata()
     assert about["task_name"] == name
@@ -126,7 +126,7 @@ def test_descriptions_are_what_heareval_takes(name):
     json.dumps(about)
 
 
-def test_pitches_an_octave_apart_have_indices_an_octave_apart():
+def test_pitch_indices_an_octave_apart_differ_by_12():
     labels = rendered.rendered_spec("pitch").labels
     assert [int(label) % 12 for label in labels] == [index % 12 for index in range(48)]
 
@@ -134,7 +134,7 @@ def test_pitches_an_octave_apart_have_indices_an_octave_apart():
 # ---- rendered notes ----
 
 
-def test_programs_of_pitch_are_in_one_split_each():
+def test_each_program_of_pitch_is_in_one_split():
     splits = rendered.split_programs("pitch")
     assert {split: len(programs) for split, programs in splits.items()} == {"train": 40, "valid": 10, "test": 29}
     assert sorted(sum(splits.values(), ())) == list(rendered.PROGRAMS)
@@ -158,7 +158,7 @@ def test_pitches_are_dealt_evenly():
     assert dealt == rendered.deal_notes("FluidR3_GM") != rendered.deal_notes("TimGM6mb")
 
 
-def test_a_midi_file_plays_the_notes_one_after_the_other():
+def test_a_midi_file_plays_notes_one_after_another():
     data = fluidsynth.midi_file([60, 72], program=5)
     assert data[:14] == b"MThd" + struct.pack(">IHHH", 6, 0, 1, 500)
     at, time, events = 22, 0, []
@@ -181,7 +181,7 @@ def test_a_midi_file_plays_the_notes_one_after_the_other():
     assert time == 8000
 
 
-def test_notes_that_a_sound_font_does_not_have_are_left_out(tmp_path, monkeypatch):
+def test_notes_that_a_sound_font_lacks_are_left_out(tmp_path, monkeypatch):
     def fake_render(notes, program, sound_font, seconds, synthesizer):
         return [np.zeros(2 * RATE, np.float32) if note > 60 else 0.02 * tone(2.0) for note in notes]
 
@@ -206,10 +206,10 @@ def test_notes_that_a_sound_font_does_not_have_are_left_out(tmp_path, monkeypatc
 # ---- onsets ----
 
 
-def test_an_event_begins_with_its_hit_and_ends_when_it_has_decayed():
+def test_an_event_lasts_from_the_hits_onset_until_it_has_decayed():
     decay = np.exp(-np.arange(RATE) / RATE * np.log(10) * 3).astype(np.float32)  # 60 dB in a second
     hit = onsets.prepare_hit(np.concatenate([np.zeros(4000, np.float32), 0.1 * tone(1.0, 3000) * decay]))
-    assert hit.onset == 80  # 5 ms are kept before it
+    assert hit.onset == 80  # 5 ms before the onset are kept
     assert np.sqrt(np.mean(hit.samples[hit.onset :][: RATE // 10] ** 2)) == pytest.approx(1, rel=1e-5)
     assert hit.event_s == pytest.approx(0.5, abs=0.03)
 
@@ -222,7 +222,7 @@ def test_events_are_neither_too_short_nor_too_long(seconds, event_s):
     assert seconds < 1.5 or abs(hit.samples[-1]) < 1e-3  # faded out
 
 
-def test_hits_are_placed_apart():
+def test_hits_keep_their_distance():
     by_label = {label: [f"{label}{i}" for i in range(3)] for label in ("kick", "snare", "tom")}
     event_s = {path: 0.2 + 0.1 * i for paths in by_label.values() for i, path in enumerate(paths)}
     for seed in range(50):
@@ -237,7 +237,7 @@ def test_hits_are_placed_apart():
                 assert other.onset_s - one.onset_s - one.event_s >= 0.3 - 1e-9
 
 
-def test_a_repeated_background_has_no_gaps_or_clicks():
+def test_a_looped_background_has_no_gaps_or_clicks():
     samples = tone(1.0, 440)
     looped = onsets.loop(samples, 5 * RATE, 3000)
     assert looped.shape == (5 * RATE,)
@@ -246,7 +246,7 @@ def test_a_repeated_background_has_no_gaps_or_clicks():
     assert np.abs(np.diff(looped)).max() < 1.5 * np.abs(np.diff(samples)).max()
 
 
-def test_onset_clips_rise_where_their_events_begin(cache, monkeypatch):
+def test_onset_clips_get_louder_where_events_begin(cache, monkeypatch):
     rng = np.random.default_rng(0)
     kits = {"train": "fold0", "valid": "fold2", "test": "fold1"}
     labels = onsets.onsets_spec().labels
@@ -285,7 +285,7 @@ def test_onset_clips_rise_where_their_events_begin(cache, monkeypatch):
 # ---- speaker_count ----
 
 
-def test_every_count_is_as_frequent_and_voices_are_different(tmp_path):
+def test_counts_are_equally_frequent_and_voices_differ(tmp_path):
     clips = speakers.speakers_clips(tmp_path)
     check_clips(speakers.speakers_spec(), clips)
     assert len(clips) == 1800
@@ -322,7 +322,7 @@ def test_a_clip_is_the_beginning_of_a_recording_at_full_level(cache):
     assert np.argmax(np.abs(np.fft.rfft(clip[: RATE // 2]))) * 2 == 440
 
 
-def test_members_of_archives_are_read(cache):
+def test_archive_members_are_read(cache):
     wav = io.BytesIO()
     soundfile.write(wav, tone(0.5), RATE, format="WAV")
     with zipfile.ZipFile(cache / "toys" / "data.pk3", "w") as opened:
@@ -345,7 +345,7 @@ def test_sounds_in_a_wad_are_read(cache):
         recordings.wad_sound(wad, "START")
 
 
-def test_samples_of_a_sound_font_are_read(cache):
+def test_sound_font_samples_are_read(cache):
     def chunk(name: bytes, content: bytes) -> bytes:
         return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
 
@@ -374,13 +374,13 @@ def test_an_ogg_stream_in_a_wav_file_is_read(cache):
     assert recordings.read_recording("toys/beep.ogg", cache) == pytest.approx(tone(0.5), abs=0.05)
 
 
-def test_what_is_not_audio_stays_an_error(cache):
+def test_a_file_that_is_not_audio_is_an_error(cache):
     (cache / "toys" / "beep.wav").write_bytes(b"RIFF\0\0\0\0WAVEdata\2\0\0\0no")
     with pytest.raises(ValueError, match=r"beep\.wav"):
         recordings.read_recording("toys/beep.wav", cache)
 
 
-def test_without_pyav_the_error_comes_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
+def test_missing_pyav_is_reported_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setattr(archive, "fetch", lambda *_: pytest.fail("fetched"))
     assert command.main([str(tmp_path / "tasks"), "--tasks", "speaker_count", "--cache", str(tmp_path)]) == 1
@@ -422,7 +422,7 @@ def test_a_task_folder_is_in_hears_format(cache, tmp_path):
     assert samples == pytest.approx(0.5 * tone(1.0), abs=1e-4)
 
 
-def test_a_task_folder_says_what_it_was_made_of(cache, tmp_path):
+def test_a_task_folder_lists_its_sources_and_licences(cache, tmp_path):
     folder = write_task(tmp_path / "tasks", TOY_TASK, toy_clips(), ["toys"], cache)
     with open(folder / "sources.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -445,7 +445,7 @@ def test_events_keep_their_times(cache, tmp_path):
     assert json.loads((folder / "valid.json").read_text()) == {"valid.wav": [event, event]}
 
 
-def test_nothing_but_whole_tasks_is_in_the_output(cache, tmp_path):
+def test_the_output_folder_only_ever_has_complete_tasks(cache, tmp_path):
     out_dir = tmp_path / "tasks"
 
     def broken() -> np.ndarray:
@@ -458,7 +458,7 @@ def test_nothing_but_whole_tasks_is_in_the_output(cache, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "tasks"]
 
 
-def test_what_a_killed_run_left_does_not_end_up_in_a_task(cache, tmp_path):
+def test_leftovers_of_a_killed_run_do_not_get_into_a_task(cache, tmp_path):
     leftover = tmp_path / ".tasks.unfinished" / TOY_TASK.folder_name / "16000" / "train"
     leftover.mkdir(parents=True)
     (leftover / "half.wav").write_bytes(b"RIFF")
@@ -481,7 +481,7 @@ def test_what_a_killed_run_left_does_not_end_up_in_a_task(cache, tmp_path):
         ({"make": lambda: np.full(RATE, np.nan, np.float32)}, "peak nan"),
     ],
 )
-def test_clips_that_make_no_task_are_refused(cache, tmp_path, change, message):
+def test_invalid_clips_are_refused(cache, tmp_path, change, message):
     clips = toy_clips()
     clips[0] = dataclasses.replace(clips[0], **change)
     with pytest.raises(ValueError, match=message):
@@ -519,7 +519,7 @@ def test_a_finished_task_is_skipped(toy_recipes, cache, tmp_path, monkeypatch, c
     assert second == f"{first} (already there)"
 
 
-def test_a_task_that_fails_does_not_keep_the_others_from_being_made(toy_recipes, cache, tmp_path, capsys):
+def test_other_tasks_are_made_when_one_fails(toy_recipes, cache, tmp_path, capsys):
     assert command.main([str(tmp_path / "tasks"), "--tasks", "broken", "toy", "--cache", str(cache)]) == 1
     assert "broken: no such sound" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "tasks").iterdir()] == ["toy-v1.0.0-full"]
@@ -529,7 +529,7 @@ def test_a_task_that_fails_does_not_keep_the_others_from_being_made(toy_recipes,
     "arguments",
     [["tasks", "--tasks", "whistling"], ["tasks", "--jobs", "0"], ["tasks", "--cache", "tasks/cache"], []],
 )
-def test_bad_usage_ends_with_2(arguments, tmp_path, monkeypatch):
+def test_bad_usage_exits_with_2(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         command.main(arguments)

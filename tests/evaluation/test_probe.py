@@ -1,4 +1,4 @@
-"""The quick look at weights: what it scores, and that it leaves test clips alone."""
+"""The probe: its scores, and that it never reads test clips."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import soundfile
 import torch
 
 from evaluation import __main__ as command
-from evaluation.driver import read_task
 from evaluation.probe import fit_linear, probe, probe_model
+from evaluation.tasks import read_task
 
 RATE = 16000
 CLASSES = ["high", "low", "middle"]
@@ -21,7 +21,7 @@ PITCH_HZ = {"low": 200, "middle": 800, "high": 3200}
 
 
 def make_task(folder: Path, splits: list[str], clips: int = 12, **fields) -> Path:
-    """Tones of three pitches at random phases, `clips` in each split."""
+    """Write a task of tones of three pitches at random phases, `clips` in each split."""
     generator = np.random.default_rng(0)
     for split in splits:
         (folder / str(RATE) / split).mkdir(parents=True)
@@ -44,37 +44,37 @@ def make_task(folder: Path, splits: list[str], clips: int = 12, **fields) -> Pat
     return folder
 
 
-def loudness_of_bands(audio: torch.Tensor) -> torch.Tensor:
+def band_loudness(audio: torch.Tensor) -> torch.Tensor:
     spectrum = torch.fft.rfft(audio).abs()  # (clips, bins)
     return torch.stack([band.sum(-1) for band in spectrum.chunk(16, dim=-1)], dim=-1)
 
 
-def nothing(audio: torch.Tensor) -> torch.Tensor:
+def constant(audio: torch.Tensor) -> torch.Tensor:
     return torch.ones(len(audio), 4)
 
 
-def test_a_task_with_splits_is_scored_on_valid_and_its_test_clips_are_not_read(tmp_path):
+def test_the_score_is_of_the_valid_split_and_test_clips_are_not_read(tmp_path):
     folder = make_task(tmp_path / "tones", ["train", "valid", "test"])
     shutil.rmtree(folder / str(RATE) / "test")
-    assert probe(read_task(folder), loudness_of_bands, RATE) == 1
-    assert probe(read_task(folder), nothing, RATE) == pytest.approx(1 / 3)
+    assert probe(read_task(folder), band_loudness, RATE) == 1
+    assert probe(read_task(folder), constant, RATE) == pytest.approx(1 / 3)
 
 
-def test_labels_that_have_nothing_to_do_with_the_audio_are_not_found(tmp_path):
+def test_shifted_validation_labels_score_zero(tmp_path):
     folder = make_task(tmp_path / "tones", ["train", "valid", "test"], clips=30)
     labels = json.loads((folder / "valid.json").read_text())
     wrong = {name: [CLASSES[(CLASSES.index(label) + 1) % 3]] for name, (label,) in labels.items()}
     (folder / "valid.json").write_text(json.dumps(wrong))
-    assert probe(read_task(folder), loudness_of_bands, RATE) == 0
+    assert probe(read_task(folder), band_loudness, RATE) == 0
 
 
-def test_at_most_so_many_clips_of_a_split_are_used_and_always_the_same(tmp_path):
+def test_clips_limits_each_split_to_the_same_random_sample(tmp_path):
     folder = make_task(tmp_path / "tones", ["train", "valid", "test"], clips=20)
     seen: list[torch.Tensor] = []
 
     def embed(audio: torch.Tensor) -> torch.Tensor:
         seen.append(audio)
-        return loudness_of_bands(audio)
+        return band_loudness(audio)
 
     probe(read_task(folder), embed, RATE, clips=9)
     probe(read_task(folder), embed, RATE, clips=9)
@@ -83,13 +83,13 @@ def test_at_most_so_many_clips_of_a_split_are_used_and_always_the_same(tmp_path)
     assert torch.equal(train, again[0]) and torch.equal(valid, again[1])
 
 
-def test_a_task_without_audio_at_the_models_rate_is_an_error(tmp_path):
+def test_a_task_without_audio_at_the_models_sample_rate_is_an_error(tmp_path):
     folder = make_task(tmp_path / "tones", ["train", "valid", "test"])
     with pytest.raises(FileNotFoundError, match="no audio at 48000 Hz"):
-        probe(read_task(folder), nothing, 48000)
+        probe(read_task(folder), constant, 48000)
 
 
-def test_averaging_all_of_an_embedding_leaves_nothing_to_tell_bands_by(tmp_path):
+def test_averaging_whole_embeddings_removes_the_difference_between_bands(tmp_path):
     folder = make_task(tmp_path / "tones", ["train", "valid", "test"])
     scores = [
         probe_model("evaluation.baselines", None, {}, [read_task(folder)], 12, average)[0] for average in (1, 2, 160)
@@ -97,7 +97,7 @@ def test_averaging_all_of_an_embedding_leaves_nothing_to_tell_bands_by(tmp_path)
     assert scores[0] == 1 and scores[0] >= scores[1] > scores[2]
 
 
-def test_the_linear_classifier_is_the_minimum_of_its_loss():
+def test_the_linear_classifier_minimizes_its_loss():
     generator = torch.Generator().manual_seed(0)
     rows, labels = torch.randn(60, 5, generator=generator), torch.randint(3, (60,), generator=generator)
     classify = fit_linear(rows, labels, 3)
@@ -106,11 +106,11 @@ def test_the_linear_classifier_is_the_minimum_of_its_loss():
     residual = classify(rows).softmax(-1) - torch.nn.functional.one_hot(labels, 3)
     bias = classify(mean[None].float())  # (1, 3)
     weight = torch.linalg.lstsq(standard, classify(rows) - bias).solution
-    # Where the gradient of mean cross entropy + 0.1 / 2 |weight|^2 is zero.
+    # The gradient of mean cross entropy + 0.1 / 2 |weight|^2 is zero there.
     torch.testing.assert_close(standard.T @ residual / 60 + 0.1 * weight, torch.zeros(5, 3).double(), atol=1e-4, rtol=0)
 
 
-def test_the_command_prints_a_row_per_model_and_says_what_it_leaves_out(tmp_path, capsys):
+def test_the_command_prints_a_row_per_model_and_names_the_tasks_it_leaves_out(tmp_path, capsys):
     make_task(tmp_path / "tones", ["train", "valid", "test"])
     make_task(tmp_path / "onsets", ["train", "valid", "test"], embedding_type="event")
     make_task(tmp_path / "folded", ["fold0", "fold1"], split_mode="presplit_kfold")  # tests on every clip
