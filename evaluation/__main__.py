@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import environment
-from evaluation.driver import Driver, Model, default_label, find_tasks, read_task
+from evaluation.driver import Driver, Model, default_label
 from evaluation.probe import DEFAULT_CLIPS, can_probe, probe_model
+from evaluation.tasks import find_tasks, read_task
 from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, print_error
 
 PROG = "python -m evaluation"
@@ -131,7 +132,7 @@ def _run(options: argparse.Namespace) -> int:
         print_error(PROG, f"failed: {failure}")
     if failures:
         return FAILED
-    print(f"{driver.results.folder}: {len(folders)} tasks, {options.seeds} seeds")
+    print(f"{driver.results.path}: {len(folders)} tasks, {options.seeds} seeds")
     return 0
 
 
@@ -144,7 +145,7 @@ def _probe(options: argparse.Namespace) -> int:
         print_error(PROG, f"left out, {why}: {', '.join(left_out)}")
     if not tasks:
         raise ValueError(f"{options.tasks_dir}: no task to probe")
-    print(" | ".join(["", *(task.facts["task"] for task in tasks), "mean"]))
+    print(" | ".join(["", *(task.title for task in tasks), "mean"]))
     print("|".join(["---", *["--:"] * (len(tasks) + 1)]))
     for weights in options.weights or [None]:
         keywords = dict(options.option)

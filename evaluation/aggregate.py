@@ -1,13 +1,13 @@
-"""Scores of many runs in one number: means with 95 % intervals, and the papers' aggregate s(m).
+"""Summarize runs: means with 95 % intervals, and the papers' aggregate score s(m).
 
-The papers normalise a task by the worst and the best *run* (seed) of any model, compute s for each seed and average:
+The papers normalize each task by the worst and the best *run* (seed) of any model, compute s for each seed and average:
 
     s(m) = 100 / |T| * sum over tasks t of (x_t(m) - worst_t) / (best_t - worst_t)
 
-Their tables hold means and intervals only. To stand beside them, runs of the published models are simulated: ten
-normal scores with exactly the printed mean and interval. The extremes of ten runs are a matter of luck (s moves by
-0.14 from draw to draw, all models of a paper together), so among many draws the one is taken whose s columns, each over
-the models of its own paper, are nearest to the printed ones.
+Their tables print only means and intervals. To place results beside them, runs of the published models are simulated:
+ten normal scores with exactly the printed mean and interval. The extremes of ten runs are random (s varies by 0.14 from
+draw to draw, together for all models of a paper), so the best of many draws is used: the one whose s columns, each
+computed over the models of its own paper, are closest to the printed ones.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
+
+from evaluation.tasks import lower_is_better
 
 PUBLISHED_FILE = Path(__file__).with_name("published.csv")
 
 PUBLISHED_SEEDS = 10
-_PUBLISHED_TABLE = 2  # in both papers the one with a score per task; the others print s only
-_AGGREGATE = "s"  # stands in the file's task column for s(m)
+_PUBLISHED_TABLE = 2  # of both papers: the table with a score per task; other tables print s only
+_AGGREGATE = "s"  # marks s(m) in the file's task column
 _DRAWS = 2000
 _DRAWS_AT_ONCE = 100
 
-Runs = Mapping[str, Mapping[int, float]]  # task -> seed -> score, of one model
+Runs = Mapping[str, Mapping[int, float]]  # one model's scores: task -> seed -> score
 
 
 class Estimate(NamedTuple):
-    """A mean over runs; `half_width` of its 95 % interval is None where there are fewer than two runs."""
+    """A mean over runs. `half_width` belongs to its 95 % interval; None if there are fewer than two runs."""
 
     mean: float
     half_width: float | None
@@ -41,7 +44,7 @@ class Estimate(NamedTuple):
 
 
 class Extremes(NamedTuple):
-    """The worst and the best run of a task, and whose they are."""
+    """A task's worst and best run, and the models they belong to."""
 
     worst: float
     best: float
@@ -50,14 +53,14 @@ class Extremes(NamedTuple):
 
 
 class Aggregate(NamedTuple):
-    """s(m) of a model over `tasks`."""
+    """A model's s(m) over `tasks`."""
 
     estimate: Estimate
     tasks: tuple[str, ...]
 
 
 class PublishedRow(NamedTuple):
-    """A model in a paper's main table: mean and half-width of the interval per task, and the printed s(m)."""
+    """A row of a paper's main table: mean and interval half-width per task, and the printed s(m)."""
 
     paper: str
     model: str
@@ -66,44 +69,16 @@ class PublishedRow(NamedTuple):
     aggregate: tuple[float, float]
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric of hear-eval-kit is an error."""
-    return metric.endswith("_er")
-
-
-@functools.cache
 def t_quantile(degrees: int) -> float:
-    """Half-width of the central 95 % of Student's t distribution.
-
-    Args:
-        degrees: of freedom, at least 1.
-    """
-    if degrees < 1:
-        raise ValueError(f"Student's t needs at least 1 degree of freedom, got {degrees}")
-    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(degrees)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_central(middle, degrees) < 0.95 else (low, middle)
-    return math.tan(low) * math.sqrt(degrees)
-
-
-def _t_central(angle: float, degrees: int) -> float:
-    """Probability that |t| is below tan(angle) * sqrt(degrees): the finite series for whole degrees of freedom."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = sine * cosine if odd else sine
-    total = 0.0
-    for power in range(2 + odd, degrees + 1, 2):
-        total += term
-        term *= cosine**2 * (power - 1) / power
-    return (angle + total) * 2 / math.pi if odd else total
+    """Return the half-width of the central 95 % of Student's t distribution."""
+    return float(stats.t.ppf(0.975, degrees))
 
 
 def estimate(scores: Sequence[float]) -> Estimate:
-    """Mean and 95 % t-interval of runs.
+    """Return mean and 95 % t-interval of runs.
 
     Args:
-        scores: one per run, at least one.
+        scores: at least one, one per run.
     """
     values = np.asarray(scores, dtype=float)
     if values.size == 0:
@@ -115,11 +90,11 @@ def estimate(scores: Sequence[float]) -> Estimate:
 
 
 def extremes(models: Mapping[str, Runs], metrics: Mapping[str, str] | None = None) -> dict[str, Extremes]:
-    """The worst and the best run of every task that any of the models has.
+    """Return the worst and the best run of each task, over all models.
 
     Args:
-        models: runs by the model's name.
-        metrics: by task; says where less is better. Not needed for the ten HEAR tasks.
+        models: runs by model name.
+        metrics: metric by task, to know where lower is better. Not needed for the ten HEAR tasks.
     """
     found = {}
     for task in dict.fromkeys(task for runs in models.values() for task in runs):
@@ -132,33 +107,32 @@ def extremes(models: Mapping[str, Runs], metrics: Mapping[str, str] | None = Non
 
 
 def aggregate(runs: Runs, bounds: Mapping[str, Extremes]) -> Aggregate | None:
-    """s(m) of one model over those tasks of `bounds` that it has; None where it has none of them.
+    """Return a model's s(m) over those tasks in `bounds` that it was run on; None if there are none.
 
-    The mean is that of all runs, the interval that over seeds which all these tasks have; the two belong together
-    where no seed is missing.
+    The mean covers all runs. The interval covers the seeds that all of these tasks have.
 
     Args:
-        runs: of the model.
-        bounds: of the tasks to aggregate; a task whose worst and best are equal says nothing and is left out.
+        runs: the model's runs.
+        bounds: worst and best run of the tasks to aggregate. A task whose worst equals its best is left out.
     """
-    normalised = {
+    normalized = {
         task: {seed: 100 * (score - bound.worst) / (bound.best - bound.worst) for seed, score in runs[task].items()}
         for task, bound in bounds.items()
         if runs.get(task) and bound.best != bound.worst
     }
-    if not normalised:
+    if not normalized:
         return None
-    seeds = set.intersection(*(set(scores) for scores in normalised.values()))
-    mean = float(np.mean([np.mean(list(scores.values())) for scores in normalised.values()]))
+    seeds = set.intersection(*(set(scores) for scores in normalized.values()))
+    mean = float(np.mean([np.mean(list(scores.values())) for scores in normalized.values()]))
     half_width = None
     if len(seeds) > 1:
-        half_width = estimate([np.mean([scores[seed] for scores in normalised.values()]) for seed in seeds]).half_width
-    return Aggregate(Estimate(mean, half_width, len(seeds)), tuple(normalised))
+        half_width = estimate([np.mean([scores[seed] for scores in normalized.values()]) for seed in seeds]).half_width
+    return Aggregate(Estimate(mean, half_width, len(seeds)), tuple(normalized))
 
 
 @functools.cache
 def published_rows() -> tuple[PublishedRow, ...]:
-    """The rows of both papers' main tables, in print order."""
+    """Return the rows of both papers' main tables, in print order."""
     cells: dict[tuple[str, str, str], dict[str, tuple[float, float]]] = {}
     with open(PUBLISHED_FILE, encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
@@ -170,19 +144,19 @@ def published_rows() -> tuple[PublishedRow, ...]:
 
 @functools.cache
 def published_runs() -> dict[str, dict[str, dict[int, float]]]:
-    """Simulated runs of every published model, by model, task and seed. Models of both papers are there once.
+    """Return simulated runs of the published models: model -> task -> seed -> score. Models in both papers count once.
 
-    Of all draws the one whose greatest distance to a printed s(m) is smallest; see the module's docstring.
+    The draw returned is the one whose largest error against a printed s(m) is smallest; see the module's docstring.
     """
     models = {row.model: row for row in published_rows()}
     tasks = list(published_rows()[0].tasks)
-    best, best_distance = None, math.inf
+    best, smallest = None, math.inf
     generator = np.random.default_rng(0)
     for _ in range(0, _DRAWS, _DRAWS_AT_ONCE):
         draws = simulated_runs(list(models.values()), _DRAWS_AT_ONCE, generator)
-        distance = np.max([np.abs(error).max(1) for error in _aggregate_errors(draws, list(models))], axis=0)
-        if distance.min() < best_distance:
-            best, best_distance = draws[distance.argmin()], distance.min()
+        worst = np.max([np.abs(error).max(1) for error in _aggregate_errors(draws, list(models))], axis=0)
+        if worst.min() < smallest:
+            best, smallest = draws[worst.argmin()], worst.min()
     return {
         model: {task: dict(enumerate(map(float, scores))) for task, scores in zip(tasks, rows)}
         for model, rows in zip(models, best)
@@ -190,7 +164,7 @@ def published_runs() -> dict[str, dict[str, dict[int, float]]]:
 
 
 def simulated_runs(rows: Sequence[PublishedRow], draws: int, generator: np.random.Generator) -> np.ndarray:
-    """Normal scores that have exactly the printed means and intervals: (draws, models, tasks, seeds)."""
+    """Return normal scores with exactly the printed means and intervals: (draws, models, tasks, seeds)."""
     printed = np.array([list(row.tasks.values()) for row in rows])  # (models, tasks, 2)
     deviation = printed[..., 1] * math.sqrt(PUBLISHED_SEEDS) / t_quantile(PUBLISHED_SEEDS - 1)
     noise = generator.standard_normal((draws, *deviation.shape, PUBLISHED_SEEDS))
@@ -200,7 +174,7 @@ def simulated_runs(rows: Sequence[PublishedRow], draws: int, generator: np.rando
 
 
 def _aggregate_errors(draws: np.ndarray, models: Sequence[str]) -> list[np.ndarray]:
-    """Computed less printed s(m), each paper over its own models: per paper (draws, models)."""
+    """Return computed minus printed s(m) for each paper, over that paper's models: arrays (draws, models)."""
     errors = []
     for paper in dict.fromkeys(row.paper for row in published_rows()):
         rows = [row for row in published_rows() if row.paper == paper]

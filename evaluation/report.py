@@ -1,9 +1,9 @@
-"""Results of an evaluation beside the papers' tables: a page to look at, the same as Markdown and CSV.
+"""Report results beside the papers' tables: an HTML page, and the same tables as Markdown and CSV.
 
     python -m evaluation report RESULTS... [--out DIR] [--tasks TASK ...]
 
-Per task the mean over seeds with its 95 % interval; the papers' aggregate s(m), ranked among their models; onset
-F-measures of event tasks; maps of embeddings; time taken.
+The report has, per task, the mean over seeds with its 95 % interval; the papers' aggregate s(m), ranked among their
+models; onset F-measures of event tasks; maps of embeddings; and the time taken.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 from evaluation.page import page
 from evaluation.results import Results, read_results
-from evaluation.tables import TABLE_NAMES, comma_separated, escape_markdown, markdown, places, tables
+from evaluation.tables import TABLE_NAMES, comma_separated, escape_markdown, markdown, standings, tables
+from hear_encoders.console import BAD_USAGE, print_error
 from hear_encoders.files import atomic_write
 
 PAGE_FILE = "report.html"
@@ -26,13 +27,13 @@ def write_report(results: Results, out: Path) -> None:
     """Write report.html, report.md and one CSV file per table.
 
     Args:
-        results: as read.
-        out: folder to write to; made where it is missing.
+        results: from `read_results`.
+        out: output folder; created if missing.
     """
     out.mkdir(parents=True, exist_ok=True)
     found = tables(results)
     files = {f"{table.name}.csv": comma_separated(table) for table in found}
-    files[MARKDOWN_FILE] = _markdown_report(places(results) + results.remarks, [markdown(table) for table in found])
+    files[MARKDOWN_FILE] = _markdown_report(standings(results) + results.remarks, [markdown(table) for table in found])
     files[PAGE_FILE] = page(results)
     for name, content in files.items():
         with atomic_write(out / name) as file:
@@ -43,26 +44,24 @@ def write_report(results: Results, out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(
         "python -m evaluation report",
         description="Compare results with each other and with the papers' tables.",
-        epilog="example: python -m evaluation report results --tasks BO CD E50",
+        epilog="example: python -m evaluation report results/ --tasks BO CD E50",
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="folder with one folder per model")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RESULTS/report, the first)")
-    parser.add_argument(
-        "--tasks", nargs="+", metavar="TASK", help="only these: the papers' abbreviations or names of task folders"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder; default: report/ in the first RESULTS")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these: HEAR abbreviations or folder names")
     options = parser.parse_args(arguments)
     out = options.out or options.results[0] / "report"
     try:
         results = read_results(options.results, options.tasks)
         write_report(results, out)
     except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    for line in places(results):
+        print_error(parser.prog, f"error: {error}")
+        return BAD_USAGE
+    for line in standings(results):
         print(line)
     print(out / PAGE_FILE)
     return 0

@@ -1,6 +1,6 @@
-"""What a report says, as tables: results beside the published rows, ranked by s(m); and the tables as text.
+"""The report's tables: results beside the published rows, ranked by s(m), and these tables as Markdown and CSV.
 
-A page, Markdown and CSV are made of the same tables, so they cannot differ in what they say.
+Page, Markdown and CSV are made from the same tables, so they cannot contradict each other.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evaluation.aggregate import (
+    PUBLISHED_SEEDS,
     Aggregate,
     Estimate,
     Extremes,
     aggregate,
     estimate,
     extremes,
-    lower_is_better,
     published_rows,
     published_runs,
 )
-from evaluation.results import HEAR_TASKS, Results, TaskResult
+from evaluation.results import Results
+from evaluation.tasks import HEAR_TASKS, lower_is_better
 
 Cell = str | int | float | Estimate | None
 
@@ -37,23 +38,31 @@ TABLE_NAMES = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A model in a comparison: one of the results, or a published one. `name` is unique in it, `label` the model's."""
+    """A model in a comparison, evaluated here or published.
+
+    Attributes:
+        name: unique in the comparison.
+        label: the model's own name.
+        scores: by task.
+        aggregate: s(m); None if no task allows one.
+        printed: s(m) as printed, by paper; None for a model evaluated here.
+    """
 
     name: str
     label: str
     scores: dict[str, Estimate]
     aggregate: Aggregate | None
-    printed: dict[str, Estimate] | None  # s(m) as printed, by paper; None where it is one of the results
+    printed: dict[str, Estimate] | None
 
     @property
     def own(self) -> bool:
-        """Whether it is one of the results."""
+        """Whether the model was evaluated here."""
         return self.printed is None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models on a group of tasks, best s(m) first. `ranked_tasks` are those that s(m) is over."""
+    """Models on a group of tasks, best s(m) first. s(m) covers `ranked_tasks`."""
 
     title: str
     tasks: list[str]
@@ -63,23 +72,23 @@ class Comparison:
     entries: list[Entry]
 
     @property
-    def published(self) -> bool:
-        """Whether published models are among the entries."""
-        return not all(entry.own for entry in self.entries)
+    def papers(self) -> list[str]:
+        """The papers whose models are among the entries."""
+        return list(dict.fromkeys(paper for entry in self.entries for paper in entry.printed or ()))
 
     def complete(self, entry: Entry) -> bool:
-        """Whether an entry's s(m) is over all tasks, so that it can be ranked."""
+        """Return whether an entry has all ranked tasks, so that its s(m) can be ranked."""
         return entry.aggregate is not None and len(entry.aggregate.tasks) == len(self.ranked_tasks)
 
     def rank(self, entry: Entry) -> int | None:
-        """Place among the complete entries, from 1."""
+        """Return the place among the complete entries, from 1; None for an incomplete one."""
         ranked = [other for other in self.entries if self.complete(other)]
         return ranked.index(entry) + 1 if entry in ranked else None
 
 
 @dataclass(frozen=True)
 class Row:
-    """Cells of a table; `best` are the columns in which no other row is better."""
+    """A table row. `best` holds the columns in which no other row is better."""
 
     cells: list[Cell]
     own: bool = True
@@ -88,7 +97,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `name` is that of its CSV file."""
+    """A table. `name` is also the name of its CSV file."""
 
     name: str
     title: str
@@ -96,41 +105,49 @@ class Table:
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def mixed(self) -> bool:
+        """Whether it has both published models and models evaluated here."""
+        return len({row.own for row in self.rows}) > 1
+
 
 def compare_hear(results: Results) -> Comparison | None:
-    """The results on HEAR's ten beside both papers' models; None where there are none."""
-    tasks = [name for name in results.hear_tasks() if any(result.scores for result in _of(results, name))]
+    """Compare results on HEAR's ten tasks with both papers' models; None if there are none."""
+    tasks = _scored(results, results.hear_tasks())
     return _compare(results, "HEAR tasks", tasks, published=True) if tasks else None
 
 
 def compare_others(results: Results) -> Comparison | None:
-    """The results on all other tasks, among themselves; None where there are none."""
-    tasks = [name for name in results.other_tasks() if any(result.scores for result in _of(results, name))]
-    return _compare(results, "Other tasks", tasks, published=False) if tasks else None
+    """Compare results on all other tasks with each other; None if there are none."""
+    tasks = _scored(results, results.other_tasks())
+    title = "Other tasks" if _scored(results, results.hear_tasks()) else "All tasks"
+    return _compare(results, title, tasks, published=False) if tasks else None
 
 
-def _of(results: Results, task: str) -> list[TaskResult]:
-    return [model.tasks[task] for model in results.models if task in model.tasks]
+def _scored(results: Results, tasks: list[str]) -> list[str]:
+    """Return the tasks that have at least one finished run."""
+    return [task for task in tasks if any(result.scores for result in results.of_task(task))]
 
 
 def _compare(results: Results, title: str, tasks: list[str], published: bool) -> Comparison:
     simulated = published_runs() if published else {}
-    printed = {row.model: row for row in published_rows()} if published else {}
-    aggregates: dict[str, dict[str, Estimate]] = {}
-    for row in published_rows() if published else ():
-        aggregates.setdefault(row.model, {})[row.paper] = Estimate(*row.aggregate, runs=10)
+    rows = published_rows() if published else ()
+    printed = {row.model: row for row in rows}
+    aggregates: dict[str, dict[str, Estimate]] = {}  # as printed, by model and paper
+    for row in rows:
+        aggregates.setdefault(row.model, {})[row.paper] = Estimate(*row.aggregate, runs=PUBLISHED_SEEDS)
     metrics = {}
     for task in tasks:
-        measured = _of(results, task)
+        measured = results.of_task(task)
         found = sorted({result.metric for result in measured})
         if len(found) > 1:
-            raise ValueError(f"{task} was measured in different metrics: {', '.join(found)}")
+            raise ValueError(f"{task} was scored by different metrics: {', '.join(found)}")
         if len({result.fingerprint for result in measured} - {None}) > 1:
-            raise ValueError(f"{task} has changed between the models' runs: evaluate them on the same clips")
+            raise ValueError(f"{task} has changed between the models' runs: evaluate all models on the same clips")
         metrics[task] = found[0]
 
     runs = {model: {task: simulated[model][task] for task in tasks} for model in simulated}
-    own = {}  # names of the results -> labels
+    own = {}  # name in the comparison -> label
     for model in results.models:
         scores = {task: model.tasks[task].scores for task in tasks if task in model.tasks}
         scores = {task: seeds for task, seeds in scores.items() if seeds}
@@ -139,7 +156,7 @@ def _compare(results: Results, title: str, tasks: list[str], published: bool) ->
             own[name] = model.label
             runs[name] = scores
 
-    # A task that one model alone has would be normalised by that model's own luck.
+    # A task that only one model has would be normalized by that model's own luck.
     shared = [task for task in tasks if sum(task in scores for scores in runs.values()) > 1]
     bounds = extremes(runs, metrics)
     bounds = {task: bounds[task] for task in shared if bounds[task].worst != bounds[task].best}
@@ -148,28 +165,28 @@ def _compare(results: Results, title: str, tasks: list[str], published: bool) ->
         if name in own:
             estimates = {task: estimate(list(values.values())) for task, values in scores.items()}
         else:
-            estimates = {task: Estimate(*printed[name].tasks[task], runs=10) for task in tasks}
+            estimates = {task: Estimate(*printed[name].tasks[task], runs=PUBLISHED_SEEDS) for task in tasks}
         total = aggregate(scores, bounds)
         entries.append(Entry(name, own.get(name, name), estimates, total, None if name in own else aggregates[name]))
     entries.sort(key=lambda entry: entry.aggregate.estimate.mean if entry.aggregate else float("-inf"), reverse=True)
     return Comparison(title, tasks, list(bounds), metrics, bounds, entries)
 
 
-def places(results: Results) -> list[str]:
-    """Where each of the results stands, in sentences."""
+def standings(results: Results) -> list[str]:
+    """Return the place of each model evaluated here, in sentences."""
     comparisons = (compare_hear(results), compare_others(results))
     return [line for comparison in comparisons if comparison for line in summary(comparison)]
 
 
 def summary(comparison: Comparison) -> list[str]:
-    """A sentence for each of the results: its s(m) and its place."""
+    """Return a sentence for each model evaluated here: its s(m) and its place."""
     lines = []
     ranked = [entry for entry in comparison.entries if comparison.complete(entry)]
     for entry in comparison.entries:
         if not entry.own:
             continue
         if entry.aggregate is None:
-            lines.append(f"{entry.name}: no s(m); it takes a task that two models have.")
+            lines.append(f"{entry.name}: no s(m), because it needs a task that two models have.")
             continue
         line = f"{entry.name}: s(m) {text(entry.aggregate.estimate)}"
         rank = comparison.rank(entry)
@@ -178,7 +195,7 @@ def summary(comparison: Comparison) -> list[str]:
             count = f"{len(entry.aggregate.tasks)} of {len(comparison.ranked_tasks)} tasks"
             line += f" over {count}; not ranked, as it lacks {', '.join(missing)}"
         else:
-            line += f" over {_tasks(comparison)}; place {rank} of {len(ranked)}"
+            line += f" over {_ranked_tasks(comparison)}; place {rank} of {len(ranked)}"
             if rank > 1:
                 line += f", below {_named(ranked[rank - 2])}"
             if rank < len(ranked):
@@ -191,10 +208,10 @@ def _named(entry: Entry) -> str:
     return f"{entry.name} ({entry.aggregate.estimate.mean:.1f})"
 
 
-def _tasks(comparison: Comparison) -> str:
-    """What s(m) is over, in words."""
+def _ranked_tasks(comparison: Comparison) -> str:
+    """Describe the tasks that s(m) covers."""
     tasks = comparison.ranked_tasks
-    if not comparison.published:
+    if not comparison.papers:
         return f"{len(tasks)} tasks outside HEAR's ten" if len(tasks) > 1 else f"{tasks[0]} alone"
     if len(tasks) == len(HEAR_TASKS):
         return "all ten HEAR tasks"
@@ -202,34 +219,32 @@ def _tasks(comparison: Comparison) -> str:
 
 
 def method(comparison: Comparison) -> list[str]:
-    """How the numbers of a comparison came about."""
+    """Describe how a comparison's numbers were computed."""
     lines = [
-        "Scores are means over seeds with 95 % t-intervals, in percent; n/a where there are fewer than two seeds.",
+        "Scores are means over seeds in percent, with 95 % intervals (Student's t); n/a with fewer than two seeds.",
         "s(m) = 100/|T| · Σ (x - worst)/(best - worst): worst and best over every run of every model in this table; "
         "computed per seed, then averaged.",
     ]
+    if any(score.runs == 2 for entry in comparison.entries for score in entry.scores.values()):
+        lines.insert(1, "Two seeds give very wide intervals (12.7 standard errors): compare models with three or more.")
     if comparison.ranked_tasks:
-        lines.append(f"Here s(m) is over {_tasks(comparison)}.")
+        lines.append(f"Here s(m) covers {_ranked_tasks(comparison)}.")
     if left_out := [task for task in comparison.tasks if task not in comparison.ranked_tasks]:
-        lines.append(f"Not in s(m), for want of a second model or of any difference: {', '.join(left_out)}.")
-    papers = list(dict.fromkeys(paper for entry in comparison.entries for paper in entry.printed or ()))
-    if papers:
-        lines.append(
-            f"Published rows are Table 2 of the {' and '.join(papers)} papers. Only their means and intervals are "
-            "known: their runs are simulated (ten normal scores with exactly that mean and interval; of 2000 seeded "
-            "draws the one that comes nearest to both printed s columns, each over the models of its own paper)."
-        )
-        lines.append(
-            "Here worst and best are over the models of both papers and the results together, so s(m) of published "
-            "rows differs from what either paper printed, over its own 20 models"
-            + (
-                "."
-                if len(comparison.ranked_tasks) == len(HEAR_TASKS)
-                else ", and the printed ones are over all ten tasks."
-            )
-        )
-    else:
-        lines.append("No published results exist for these tasks: s(m) only tells these models apart.")
+        lines.append(f"Not in s(m), because only one model has them or all runs are equal: {', '.join(left_out)}.")
+    if not comparison.papers:
+        lines.append("No published results exist for these tasks: s(m) only compares these models with each other.")
+        return lines
+    all_ten = len(comparison.ranked_tasks) == len(HEAR_TASKS)
+    lines.append(
+        f"Published rows are from Table 2 of the {' and '.join(comparison.papers)} papers, which print means and "
+        "intervals only. Their runs are simulated: ten normal scores with exactly that mean and interval; of 2000 "
+        "seeded draws, the one closest to both printed s columns, each computed over the models of its own paper."
+    )
+    lines.append(
+        "Here worst and best cover the models of both papers and the models evaluated here. So the s(m) of published "
+        "rows differs from the printed one, which covers the 20 models of its own paper"
+        + ("." if all_ten else " and all ten tasks.")
+    )
     own = {entry.name for entry in comparison.entries if entry.own}
     moved = [
         f"{which} of {task} ({model})"
@@ -237,17 +252,16 @@ def method(comparison: Comparison) -> list[str]:
         for which, model in (("worst", bound.worst_model), ("best", bound.best_model))
         if model in own
     ]
-    if papers:
-        lines.append(
-            f"The results move the scale: they set {', '.join(moved)}; without them every s(m) would be another."
-            if moved
-            else "All worst and best runs are of published models: the results do not move the scale."
-        )
+    lines.append(
+        f"The models evaluated here change the scale of s(m): they set {', '.join(moved)}."
+        if moved
+        else "The models evaluated here do not change the scale of s(m): published models set worst and best."
+    )
     return lines
 
 
 def tables(results: Results) -> list[Table]:
-    """Everything a report says in numbers."""
+    """Return all tables of a report."""
     found = [_models_table(results)]
     for name, comparison in zip(COMPARISONS, (compare_hear(results), compare_others(results))):
         if comparison:
@@ -263,26 +277,18 @@ def tables(results: Results) -> list[Table]:
 
 
 def _models_table(results: Results) -> Table:
+    columns = ["Model", "Module", "Weights", "Options", "Embedding size", "Versions"]
     rows = []
     for model in results.models:
         card = model.card
-        rows.append(
-            Row(
-                [
-                    model.label,
-                    _plain(card.get("module")),
-                    _plain(card.get("weights")),
-                    _plain(card.get("options")),
-                    card.get("embedding_size") if isinstance(card.get("embedding_size"), int) else None,
-                    _plain(card.get("versions")),
-                ]
-            )
-        )
-    return Table("models", "Models", ["Model", "Module", "Weights", "Options", "Embedding size", "Versions"], rows)
+        size = card.embedding_size if isinstance(card.embedding_size, int) else None
+        about = [_plain(value) for value in (card.module, card.weights, card.options)]
+        rows.append(Row([model.label, *about, size, _plain(card.versions)]))
+    return Table("models", "Models", columns, rows)
 
 
 def _plain(value: Any) -> str:
-    """A JSON value on one line."""
+    """Return a JSON value as one line of text."""
     if value is None or value == {}:
         return ""
     if isinstance(value, dict):
@@ -291,7 +297,6 @@ def _plain(value: Any) -> str:
 
 
 def _ranking(name: str, comparison: Comparison) -> Table:
-    papers = list(dict.fromkeys(paper for entry in comparison.entries for paper in entry.printed or ()))
     rows = [
         Row(
             [
@@ -299,13 +304,13 @@ def _ranking(name: str, comparison: Comparison) -> Table:
                 entry.name,
                 entry.aggregate.estimate if entry.aggregate else None,
                 f"{len(entry.aggregate.tasks) if entry.aggregate else 0} of {len(comparison.ranked_tasks)}",
-                *((entry.printed or {}).get(paper) for paper in papers),
+                *((entry.printed or {}).get(paper) for paper in comparison.papers),
             ],
             entry.own,
         )
         for entry in comparison.entries
     ]
-    columns = ["Place", "Model", "s(m)", "Tasks", *(f"printed in {paper}" for paper in papers)]
+    columns = ["Place", "Model", "s(m)", "Tasks", *(f"printed in {paper}" for paper in comparison.papers)]
     return Table(f"{name}_aggregate", f"{comparison.title}: aggregate score", columns, rows, method(comparison))
 
 
@@ -329,7 +334,7 @@ def _scores(name: str, comparison: Comparison) -> Table:
     for task, metric in comparison.metrics.items():
         by_metric.setdefault(metric, []).append(task)
     note = "Metrics: " + "; ".join(f"{metric} ({', '.join(tasks)})" for metric, tasks in by_metric.items()) + "."
-    # The notes on s(m) go with its table, where there is one.
+    # The notes on s(m) belong to its own table, if there is one.
     notes = [note] if comparison.ranked_tasks else [note, *method(comparison)]
     columns = ["Model", *comparison.tasks, *(["s(m)"] if comparison.ranked_tasks else [])]
     return Table(f"{name}_scores", title, columns, rows, notes)
@@ -347,7 +352,7 @@ def _extremes(name: str, comparison: Comparison) -> Table:
 
 
 def _onsets(results: Results) -> Table | None:
-    found = [(task, model) for task in _task_order(results) for model in results.models if task in model.tasks]
+    found = [(task, model) for task in results.all_tasks() for model in results.models if task in model.tasks]
     found = [(task, model) for task, model in found if model.tasks[task].onsets]
     if not found:
         return None
@@ -356,19 +361,15 @@ def _onsets(results: Results) -> Table | None:
     for task, model in found:
         onsets = model.tasks[task].onsets
         estimates = (estimate(list(onsets[ms].values())) if ms in onsets else None for ms in tolerances)
-        rows.append(Row([task, model.label, _plain(model.card.get("options")), *estimates]))
+        rows.append(Row([task, model.label, _plain(model.card.options), *estimates]))
     columns = ["Task", "Model", "Options", *(f"within {ms} ms" for ms in tolerances)]
-    note = "F-measures in percent of onsets found within a tolerance, for every model and framing of it side by side."
+    note = "F-measures in percent for onsets found within a tolerance; a model's framings are separate rows."
     return Table("onsets", "Events: onset F-measures", columns, rows, [note])
-
-
-def _task_order(results: Results) -> list[str]:
-    return results.hear_tasks() + results.other_tasks()
 
 
 def _timing(results: Results) -> Table:
     rows = []
-    for task in _task_order(results):
+    for task in results.all_tasks():
         for model in results.models:
             if result := model.tasks.get(task):
                 seconds = result.run_seconds
@@ -400,7 +401,7 @@ def _totals(results: Results) -> Table:
         speed = _speed(audio, embedding)
         rows.append(Row([model.label, audio / 3600, embedding / 60, speed, len(runs), sum(runs) / 60]))
     columns = ["Model", "Audio, h", "Embedding, min", "x real time", "Runs", "Runs, min"]
-    return Table("timing_totals", "Time in all", columns, rows)
+    return Table("timing_totals", "Total time", columns, rows)
 
 
 def _speed(audio: float | None, taken: float | None) -> float | None:
@@ -408,7 +409,7 @@ def _speed(audio: float | None, taken: float | None) -> float | None:
 
 
 def text(cell: Cell) -> str:
-    """A cell as a reader sees it."""
+    """Return a cell as it is shown."""
     if cell is None:
         return "-"
     if isinstance(cell, Estimate):
@@ -417,8 +418,8 @@ def text(cell: Cell) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table with its title and notes. Own rows of a mixed table, and best cells, are bold."""
-    mixed = len({row.own for row in table.rows}) > 1
+    """Return a table with title and notes. Best cells are bold, and so are own models beside published ones."""
+    mixed = table.mixed
     lines = [f"## {escape_markdown(table.title)}", ""]
     lines += ["| " + " | ".join(map(escape_markdown, table.columns)) + " |", "|" + "---|" * len(table.columns)]
     for row in table.rows:
@@ -432,20 +433,20 @@ def markdown(table: Table) -> str:
 
 
 def escape_markdown(value: str) -> str:
-    """Text that Markdown leaves as it is."""
+    """Escape text so that Markdown shows it unchanged."""
     value = re.sub(r"([\\`*\[\]|~#])", r"\\\1", " ".join(value.split()))
     return value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def comma_separated(table: Table) -> str:
-    """A table as CSV, numbers in full; a mean, its interval and its runs are three columns."""
+    """Return a table as CSV with unrounded numbers; an estimate takes three columns: mean, half-width, runs."""
     split = [any(isinstance(row.cells[column], Estimate) for row in table.rows) for column in range(len(table.columns))]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     header = []
     for column, wide in zip(table.columns, split):
         header += [column, f"{column} half-width", f"{column} runs"] if wide else [column]
-    mixed = len({row.own for row in table.rows}) > 1
+    mixed = table.mixed
     writer.writerow([*header, *(["origin"] if mixed else [])])
     for row in table.rows:
         cells: list[Any] = []

@@ -1,14 +1,15 @@
-"""The driver of heareval: what it does, skips and reports. heareval itself is stood in for by a small script."""
+"""The driver: which units it runs, skips and reports. A small script stands in for the kit and heareval."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,15 +20,17 @@ import torch
 
 from evaluation import __main__ as command
 from evaluation import baselines, environment
-from evaluation.driver import Driver, Model, default_label, find_tasks, read_scores, read_task, step_environment
+from evaluation.driver import Driver, Model, default_label, step_environment
 from evaluation.driver import tail as log_tail
+from evaluation.tasks import find_tasks, read_scores, read_task
 from hear_encoders import Embedder
+from hear_encoders.files import locked
 from hear_encoders.nn.frontend import LogMel
 
 ROOT = Path(__file__).parents[2]
 CLIP_S = 0.5
 
-# Notes each call in calls.txt; fails where fail.txt has that line. Needs nothing but Python, so it starts quickly.
+# Appends each call to calls.txt and fails if fail.txt lists the call. Imports only the standard library: starts fast.
 FAKE_KIT = """
 import json, sys
 from pathlib import Path
@@ -81,7 +84,7 @@ def make_task(tasks: Path, name: str, **fields) -> Path:
 
 
 class Bench:
-    """A folder with tasks, results and the fake kit."""
+    """A folder that holds tasks, results and the fake kit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.tasks, self.results = folder, folder / "tasks", folder / "results"
@@ -115,15 +118,15 @@ def bench(tmp_path):
     return Bench(tmp_path)
 
 
-# ---- what is done, and what is not done again ----
+# ---- units that run, and units that are skipped ----
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_every_unit_runs_once_and_after_its_tasks_embeddings(bench, jobs):
+def test_each_unit_runs_once_and_after_its_task_is_embedded(bench, jobs):
     assert bench.run(jobs=jobs) == []
     expected = ["describe"]
     expected += ["embed birds-v1", "predict birds-v1 0", "predict birds-v1 1", "map birds-v1"]
-    expected += ["embed onsets-v1", "predict onsets-v1 0", "predict onsets-v1 1"]  # no map of events
+    expected += ["embed onsets-v1", "predict onsets-v1 0", "predict onsets-v1 1"]  # event tasks have no map
     calls = bench.calls()
     assert sorted(calls) == sorted(expected)
     for task in ("birds-v1", "onsets-v1"):
@@ -160,7 +163,7 @@ def test_results_are_laid_out_as_the_report_reads_them(bench):
 
 
 @pytest.mark.parametrize("work", ["kept", "removed"])
-def test_finished_work_is_not_done_again(bench, work):
+def test_finished_units_are_skipped(bench, work):
     bench.run()
     if work == "removed":
         shutil.rmtree(bench.results / "some/.work")
@@ -168,14 +171,14 @@ def test_finished_work_is_not_done_again(bench, work):
     assert bench.calls() == ["describe"]
 
 
-def test_only_what_is_missing_is_done(bench):
+def test_only_missing_units_run(bench):
     bench.run(keep_embeddings=True)
     (bench.results / "some/onsets-v1/seed-0000.json").unlink()
     bench.run(seeds=3, keep_embeddings=True)
     assert bench.calls() == ["describe", "predict birds-v1 2", "predict onsets-v1 0", "predict onsets-v1 2"]
 
 
-def test_embeddings_are_removed_at_the_end_and_made_again_when_needed(bench):
+def test_embeddings_are_removed_at_the_end_and_recomputed_when_needed(bench):
     bench.run()
     assert not list(bench.results.glob("**/embeddings"))
     bench.run(seeds=3)
@@ -186,10 +189,10 @@ def test_embeddings_are_removed_at_the_end_and_made_again_when_needed(bench):
     ]
 
 
-# ---- what fails ----
+# ---- failures ----
 
 
-def test_a_failing_seed_is_reported_with_its_output_and_the_rest_goes_on(bench):
+def test_a_failing_seed_is_reported_with_its_output_and_the_rest_runs(bench):
     bench.fail("predict birds-v1 0")
     (failure,) = bench.run()
     assert "birds-v1 seed 0: exit code 3" in str(failure)
@@ -201,7 +204,7 @@ def test_a_failing_seed_is_reported_with_its_output_and_the_rest_goes_on(bench):
     assert bench.calls() == ["describe", "predict birds-v1 0"]  # its embeddings were kept
 
 
-def test_where_embedding_fails_the_tasks_seeds_are_not_tried(bench):
+def test_a_tasks_seeds_are_skipped_if_embedding_fails(bench):
     bench.fail("embed birds-v1")
     (failure,) = bench.run()
     assert failure.what == "birds-v1 embed"
@@ -214,7 +217,7 @@ def test_where_embedding_fails_the_tasks_seeds_are_not_tried(bench):
     ]
 
 
-def test_where_the_model_cannot_be_loaded_nothing_is_tried(bench):
+def test_nothing_else_runs_if_the_model_cannot_be_loaded(bench):
     bench.fail("describe")
     (failure,) = bench.run()
     assert "could not be loaded" in str(failure) and "it went wrong" in str(failure)
@@ -228,14 +231,14 @@ def test_scores_without_the_tasks_metric_are_a_failure(bench):
 
 
 @pytest.mark.parametrize("fields, message", [({"split_mode": "random"}, "split_mode"), ({"evaluation": []}, "field")])
-def test_a_malformed_task_is_reported_and_the_rest_goes_on(bench, fields, message):
+def test_a_malformed_task_is_reported_and_the_rest_runs(bench, fields, message):
     make_task(bench.tasks, "bad", **fields)
     (failure,) = bench.run()
     assert failure.what == "bad" and message in failure.reason
     assert len(bench.calls()) == 8
 
 
-def test_a_task_that_has_changed_is_not_mixed_with_its_old_scores(bench):
+def test_a_changed_task_is_not_mixed_with_its_old_scores(bench):
     bench.run()
     (bench.tasks / "birds-v1" / "test.json").write_text('{"test.wav": ["b"]}')
     (failure,) = bench.run(seeds=3)
@@ -243,52 +246,57 @@ def test_a_task_that_has_changed_is_not_mixed_with_its_old_scores(bench):
     assert "predict onsets-v1 2" in bench.calls() and "predict birds-v1 2" not in bench.calls()
 
 
-def test_another_model_does_not_get_the_same_label(bench):
+def test_two_models_cannot_share_a_label(bench):
     bench.run()
     with pytest.raises(ValueError, match="another --name"):
         bench.run(module="another_module")
 
 
-def test_other_weights_of_a_model_that_is_not_torchs_do_not_get_the_same_label(bench):
+def test_two_weights_of_a_model_outside_torch_cannot_share_a_label(bench):
     bench.kit.write_text(FAKE_KIT.replace('"fingerprint": a["module"]', '"fingerprint": None'))
     kit = [sys.executable, "-S", str(bench.kit)]
     one, other = (Model("some", "some_module", f"{folder}/model.h5", {}) for folder in "ab")
     assert Driver(one, bench.results, kit, 1, bench.lines.append).run(find_tasks(bench.tasks), range(1)) == []
-    with pytest.raises(ValueError, match=r"weights a/model.h5, not b/model.h5.*another --name"):
+    with pytest.raises(ValueError, match=r"weights = 'a/model.h5', now 'b/model.h5'.*another --name"):
         Driver(other, bench.results, kit, 1, bench.lines.append).run(find_tasks(bench.tasks), range(2))
 
 
-def test_going_on_with_other_versions_is_said(bench):
+def test_resuming_with_other_library_versions_is_reported(bench):
     bench.run()
-    assert not any("those to come" in line for line in bench.lines)
+    assert not any("new ones" in line for line in bench.lines)
     bench.kit.write_text(FAKE_KIT.replace('{"torch": "2"}', '{"torch": "3"}'))
     bench.run(seeds=3)
-    assert bench.lines[0] == "some: results there are of torch 2, those to come of 3"
+    assert bench.lines[0] == "some: earlier results used torch 2, new ones use 3"
 
 
-def test_two_drivers_do_not_work_on_the_same_results(bench, monkeypatch):
+def test_two_drivers_cannot_write_the_same_results(bench, monkeypatch):
     bench.run()
     monkeypatch.setattr("evaluation.driver.LOCK_WAIT_S", 0.3)
-    with open(bench.results / "some/.work/lock", "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(BlockingIOError, match="at work"):
-            bench.run()
+    with locked(bench.results / "some/.work"), pytest.raises(ValueError, match="another process"):
+        bench.run()
 
 
-def test_an_interrupted_driver_ends_its_processes(bench, monkeypatch):
+def test_an_interrupted_driver_kills_its_processes(bench, monkeypatch):
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     bench.kit.write_text(FAKE_KIT + "\nif step == 'predict':\n    import time; time.sleep(60)\n")
-    driver = bench.driver()
+    driver = bench.driver(jobs=2)
     started: list[subprocess.Popen] = []
     start = driver._start
     monkeypatch.setattr(driver, "_start", lambda *a: started.append(start(*a)) or started[-1])
 
-    def interrupt(_):
-        if "predict birds-v1 0" in bench.calls():
-            raise KeyboardInterrupt
+    def interrupt():
+        calls = bench.folder / "calls.txt"
+        _wait_for(lambda: calls.exists() and {"predict birds-v1 0", "embed onsets-v1"} <= set(bench.calls()))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    monkeypatch.setattr("evaluation.driver.time.sleep", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        driver.run(find_tasks(bench.tasks), range(2))
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            driver.run(find_tasks(bench.tasks), range(2))
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, previous)
     assert all(process.returncode is not None for process in started)
     assert not list(bench.results.glob("**/seed-*.json"))
 
@@ -319,20 +327,20 @@ subprocess.run([sys.executable, {str(step)!r}, "work", "{{}}", str(os.getpid())]
     finally:
         driver.kill()
         driver.wait()
-    _wait_for(lambda: not _is_at_work(int(pid_file.read_text())))
+    _wait_for(lambda: not _is_running(int(pid_file.read_text())))
 
 
-def _is_at_work(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (ProcessLookupError, FileNotFoundError):
         return False
-    return state != "Z"  # ended, and not yet waited for by whoever inherited it
+    return state != "Z"  # Z: it has ended, but its new parent has not yet waited for it
 
 
 def _wait_for(condition) -> None:
-    deadline = time.monotonic() + 120  # seconds that only a failure, or a very busy machine, takes
+    deadline = time.monotonic() + 120  # seconds; only a failure or a very busy machine takes so long
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -352,13 +360,13 @@ def read(tmp_path):
     return read
 
 
-def test_scores_of_a_single_split_with_an_infinite_one(read):
+def test_scores_of_one_split_include_an_infinite_one_as_none(read):
     results = """{"test": {"test_loss": 0.5, "test_score": 0.75, "test_top1_acc": 0.75, "test_d_prime": Infinity,
         "validation_score": 0.8, "epoch": 11}, "hparams": {"dropout": 0.25}, "score_mode": "max"}"""
     assert read(results) == (0.75, {"loss": 0.5, "top1_acc": 0.75, "d_prime": None})
 
 
-def test_scores_of_folds_are_their_means(read):
+def test_fold_scores_are_averaged(read):
     results = """{"fold0": {"test_score": 0.5, "test_mAP": 0.5, "validation_score": Infinity},
         "fold1": {"test_score": 1.0, "test_mAP": 1.0, "validation_score": 0.5},
         "fold2": {"test_score": 0.9, "test_mAP": 0.9, "validation_score": 0.5},
@@ -368,14 +376,14 @@ def test_scores_of_folds_are_their_means(read):
     assert read(results, **fields) == (0.8, {"mAP": 0.8, "aucroc": None})
 
 
-def test_a_test_without_any_detected_event_scores_0(read):
+def test_a_test_without_detected_events_scores_0(read):
     results = """{"test": {"test_score": NaN, "test_event_onset_200ms_fms": NaN,
         "test_event_onset_200ms_fms_f_measure": NaN, "test_event_onset_200ms_fms_precision": NaN}}"""
     score, scores = read(results, embedding_type="event", evaluation=["event_onset_200ms_fms"])
     assert score == 0.0 and scores["event_onset_200ms_fms_precision"] is None
 
 
-def test_a_fold_without_any_detected_event_counts_as_0(read):
+def test_a_fold_without_detected_events_counts_as_0(read):
     results = """{"fold0": {"test_event_onset_200ms_fms": 0.4}, "fold1": {"test_event_onset_200ms_fms": NaN},
         "fold2": {"test_event_onset_200ms_fms": 0.2}, "aggregated_scores": {"test_event_onset_200ms_fms_mean": 0.3}}"""
     fields = {"split_mode": "presplit_kfold", "splits": ["fold0", "fold1", "fold2"], "embedding_type": "event"}
@@ -384,12 +392,12 @@ def test_a_fold_without_any_detected_event_counts_as_0(read):
 
 
 @pytest.mark.parametrize("value", ["Infinity", "NaN"])
-def test_an_infinite_or_undefined_first_score_is_refused(read, value):
+def test_an_infinite_or_undefined_first_score_is_an_error(read, value):
     with pytest.raises(ValueError, match="d_prime"):
         read(f'{{"test": {{"test_score": {value}, "test_d_prime": {value}}}}}', evaluation=["d_prime"])
 
 
-def test_a_logs_tail_leaves_out_overwritten_progress(tmp_path):
+def test_a_logs_tail_omits_overwritten_progress(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"first\n" + b"\rEpoch 1\rEpoch 2\r\n" * 3 + b"\nRuntimeError: no\n")
     assert log_tail(log) == ["first", "Epoch 2", "Epoch 2", "Epoch 2", "RuntimeError: no"]
@@ -398,7 +406,7 @@ def test_a_logs_tail_leaves_out_overwritten_progress(tmp_path):
 # ---- arguments ----
 
 
-def test_weights_that_exist_are_given_as_a_path_and_others_by_name(tmp_path, monkeypatch):
+def test_existing_weights_are_passed_as_a_path_and_others_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     path = Model("a", "m", "mine", {"framing": "exact"}).arguments()
@@ -407,7 +415,7 @@ def test_weights_that_exist_are_given_as_a_path_and_others_by_name(tmp_path, mon
     assert name == {"module": "m", "weights_path": None, "options": {"model_file_path": "org/name"}}
 
 
-def test_labels_tell_models_apart_and_stay_inside_the_results():
+def test_labels_distinguish_models_and_stay_inside_the_results():
     assert default_label("hear_axlstm", None, {}) == "hear_axlstm"
     assert default_label("hear_axlstm", "runs/long/", {"framing": "reference"}) == "hear_axlstm-long-framing=reference"
     for label in ("../up", "a/b", ".work", ""):
@@ -431,7 +439,7 @@ def test_processes_share_the_cores(monkeypatch, jobs, asked, threads):
     assert step_environment(jobs)["OMP_NUM_THREADS"] == str(threads)
 
 
-def test_tasks_are_found_by_the_names_of_their_folders(bench):
+def test_tasks_are_found_by_folder_name(bench):
     (bench.tasks / "notes").mkdir()
     assert [path.name for path in find_tasks(bench.tasks)] == ["birds-v1", "onsets-v1"]
     assert [path.name for path in find_tasks(bench.tasks, ["onsets-v1"])] == ["onsets-v1"]
@@ -458,7 +466,7 @@ def test_the_command_runs_reports_failures_and_exits_with_1(bench, monkeypatch, 
     assert "2 tasks, 1 seeds" in capsys.readouterr().out
 
 
-def test_the_command_says_what_is_missing(bench, capsys):
+def test_the_command_names_the_missing_environment(bench, capsys):
     arguments = ["run", "--module", "m", "--tasks-dir", str(bench.tasks), "--out", str(bench.results)]
     assert command.main([*arguments, "--env", str(bench.folder / "nowhere")]) == 2
     assert "evaluation setup" in capsys.readouterr().err
@@ -467,13 +475,13 @@ def test_the_command_says_what_is_missing(bench, capsys):
 # ---- heareval's environment ----
 
 
-def test_constraints_give_way_to_what_the_kit_pins():
+def test_the_kits_pins_override_constraints():
     constraints = "# tested\ntorch==2.13.0\nsetuptools==84.2.1\nSed.Eval==9; python_version < '4'\n"
     requirements = "# pins\nsetuptools==81.0.0  # the last\nsed_eval==0.2.1\ntorch\n"
     assert environment.other_constraints(constraints, requirements) == "torch==2.13.0\n"
 
 
-def test_everything_the_kit_asks_for_has_one_pinned_version():
+def test_each_kit_requirement_has_one_pinned_version():
     def lines(path):
         return [
             line.partition("#")[0].strip() for line in path.read_text().splitlines() if line.partition("#")[0].strip()
@@ -485,7 +493,7 @@ def test_everything_the_kit_asks_for_has_one_pinned_version():
         assert "==" in line or environment._package(line) in pinned, line
 
 
-def test_setup_leaves_a_folder_that_is_something_else_alone(tmp_path):
+def test_setup_refuses_a_folder_that_is_not_an_environment(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="not a virtual environment"):
         environment.setup(tmp_path)
@@ -500,7 +508,7 @@ def baseline(request):
     return baselines.load_model(untrained=request.param)
 
 
-def test_baselines_keep_the_hear_contract(baseline):
+def test_baselines_meet_the_hear_contract(baseline):
     audio = torch.rand(3, 8000, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert isinstance(baseline, torch.nn.Module) and baseline.sample_rate == 16000
     scene = baselines.get_scene_embeddings(audio, baseline)
@@ -513,7 +521,7 @@ def test_baselines_keep_the_hear_contract(baseline):
 
 
 @pytest.mark.parametrize("samples", [100, 879, 880, 16000, 33333])
-def test_baselines_stand_at_the_encoders_times(samples):
+def test_baselines_have_the_encoders_timestamps(samples):
     audio = torch.zeros(2, samples)
     encoder = baselines.load_model(untrained="axlstm_tiny")
     assert isinstance(encoder, Embedder)
@@ -527,7 +535,7 @@ def test_log_mel_statistics_are_mean_and_deviation_over_time():
     scene = baselines.get_scene_embeddings(audio, model)[0]
     torch.testing.assert_close(scene, torch.cat([frames.mean(0), frames.std(0, correction=0)]))
     steps, timestamps = baselines.get_timestamp_embeddings(audio, model)
-    centre = timestamps[0, 12].item() / 10  # in frames; the window reaches 100 ms to both sides
+    centre = timestamps[0, 12].item() / 10  # in frames; the window extends 100 ms to both sides
     window = frames[math.ceil(centre - 10) : math.floor(centre + 10) + 1]
     assert len(window) == 20
     torch.testing.assert_close(steps[0, 12], torch.cat([window.mean(0), window.std(0, correction=0)]))
@@ -542,7 +550,7 @@ def test_an_untrained_encoder_is_a_function_of_its_seed():
     assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
-def test_baselines_refuse_weights_and_options_they_do_not_have():
+def test_baselines_reject_weights_and_unknown_options():
     for arguments, options in ((["weights/"], {}), ([], {"framing": "exact"})):
         with pytest.raises(ValueError):
             baselines.load_model(*arguments, **options)

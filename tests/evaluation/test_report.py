@@ -1,4 +1,4 @@
-"""The papers' aggregate score and the report of an evaluation."""
+"""The papers' aggregate score, and the evaluation report."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import pytest
 from evaluation import aggregate as scores
 from evaluation import report
 from evaluation.page import page
-from evaluation.results import HEAR_TASKS, read_results
+from evaluation.results import read_results
 from evaluation.tables import TABLE_NAMES, compare_hear, compare_others, markdown, summary, tables, text
+from evaluation.tasks import HEAR_TASKS
 
 HEAR_FOLDERS = {
     "BO": "beijing_opera-v1.0-hear2021-full",
@@ -46,7 +47,7 @@ def add_model(results: Path, label: str, **card: object) -> Path:
 
 
 def add_task(model: Path, folder: str, runs: list[float], metric: str = "top1_acc", **details: object) -> Path:
-    """Runs of a task, as fractions, with seeds from 0."""
+    """Add a task with these scores, as fractions, for seeds 0, 1, ..."""
     metric = next((t.metric for t in HEAR_TASKS if re.fullmatch(t.folder, folder)), metric)
     details = {"task": folder, "folder": folder, "metric": metric, "classes": 4, "clips": 100} | details
     write(model / folder / "task.json", {"embedding_seconds": 5.0, "audio_seconds": 200.0} | details)
@@ -57,7 +58,7 @@ def add_task(model: Path, folder: str, runs: list[float], metric: str = "top1_ac
 
 
 def add_like(results: Path, label: str, published: str, tasks: tuple[str, ...] = tuple(HEAR_FOLDERS)) -> Path:
-    """A model with the simulated runs of a published one."""
+    """Add a model with the simulated runs of a published model."""
     model = add_model(results, label)
     for task in tasks:
         runs = scores.published_runs()[published][task]
@@ -72,7 +73,7 @@ def add_like(results: Path, label: str, published: str, tasks: tuple[str, ...] =
     ("degrees", "quantile"),
     [(1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (4, 2.7764451), (9, 2.2621572), (29, 2.0452296), (99, 1.9842170)],
 )
-def test_t_quantiles_are_those_of_tables(degrees, quantile):
+def test_t_quantiles_match_published_tables(degrees, quantile):
     assert scores.t_quantile(degrees) == pytest.approx(quantile, abs=1e-6)
 
 
@@ -93,11 +94,11 @@ def test_aggregate_by_hand():
     assert found.tasks == ("x", "y")
     assert found.estimate.mean == pytest.approx(np.mean([(0 + 0) / 2, (50 + 25) / 2]))
     assert found.estimate.half_width == pytest.approx(scores.estimate([0.0, 37.5]).half_width)
-    assert scores.aggregate(models["b"], bounds).estimate.half_width is None  # one seed that both tasks have
+    assert scores.aggregate(models["b"], bounds).estimate.half_width is None  # the two tasks share one seed
     assert scores.aggregate({"z": {0: 1.0}}, bounds) is None
 
 
-def test_errors_are_better_when_lower():
+def test_lower_error_rates_are_better():
     models = {"a": {"x": {0: 0.2}}, "b": {"x": {0: 0.8}}}
     bounds = scores.extremes(models, {"x": "segment_1s_er"})
     assert [scores.aggregate(models[name], bounds).estimate.mean for name in "ab"] == [100.0, 0.0]
@@ -125,7 +126,7 @@ def test_simulated_runs_have_the_printed_means_and_intervals():
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_every_printed_s_is_reproduced_over_the_models_of_its_paper(paper):
+def test_each_printed_s_is_reproduced_over_the_models_of_its_paper(paper):
     runs = scores.published_runs()
     rows = [row for row in scores.published_rows() if row.paper == paper]
     bounds = scores.extremes({row.model: runs[row.model] for row in rows})
@@ -136,8 +137,8 @@ def test_every_printed_s_is_reproduced_over_the_models_of_its_paper(paper):
 
 
 @pytest.mark.parametrize(("paper", "worst", "mean"), [("AudioMAE++", 0.3, 0.15), ("AxLSTM", 0.4, 0.25)])
-def test_draws_that_were_not_chosen_reproduce_s_on_average(paper, worst, mean):
-    """The rule itself, without the printed s columns having been looked at; 0.14 is the spread of single draws."""
+def test_arbitrary_draws_reproduce_s_on_average(paper, worst, mean):
+    """Test the rule without choosing a draw by the printed s columns; single draws vary by 0.14."""
     rows = [row for row in scores.published_rows() if row.paper == paper]
     draws = scores.simulated_runs(rows, 400, np.random.default_rng(1))
     low, high = draws.min((1, 3), keepdims=True), draws.max((1, 3), keepdims=True)
@@ -150,18 +151,18 @@ def test_draws_that_were_not_chosen_reproduce_s_on_average(paper, worst, mean):
 def test_other_rules_do_not_reproduce_the_papers():
     rows = [row for row in scores.published_rows() if row.paper == "AxLSTM"]
     means = {row.model: {task: {0: shown[0]} for task, shown in row.tasks.items()} for row in rows}
-    of_means = scores.aggregate(means["HEAR-Naive"], scores.extremes(means)).estimate.mean
-    assert of_means == pytest.approx(0.0)  # worst and best of means; 5.1 is printed
+    s_of_means = scores.aggregate(means["HEAR-Naive"], scores.extremes(means)).estimate.mean
+    assert s_of_means == pytest.approx(0.0)  # worst and best of means; the paper prints 5.1
     runs = scores.published_runs()
     pooled = scores.extremes(runs)  # worst and best over the models of both papers
     errors = [scores.aggregate(runs[row.model], pooled).estimate.mean - row.aggregate[0] for row in rows]
     assert max(map(abs, errors)) > 0.8
 
 
-# ---- results ----
+# ---- reading and comparing results ----
 
 
-def test_each_hear_folder_is_its_abbreviation(tmp_path):
+def test_hear_folders_are_named_by_abbreviation(tmp_path):
     add_like(tmp_path, "mine", "SSAST")
     tasks = read_results([tmp_path]).models[0].tasks
     assert {name: task.folder for name, task in tasks.items()} == HEAR_FOLDERS
@@ -176,7 +177,7 @@ def test_other_sizes_of_hear_tasks_are_not_compared_with_the_papers(tmp_path, fo
     assert compare_hear(results) is None
 
 
-def test_versions_are_left_out_of_names_where_there_is_one(tmp_path):
+def test_versions_are_dropped_from_unambiguous_names(tmp_path):
     first, second = add_model(tmp_path, "first"), add_model(tmp_path, "second")
     for model, folder in ((first, "pitch-v1.0.0-full"), (second, "pitch-v1.1.0-full"), (second, "drums-v1.0.0-full")):
         add_task(model, folder, [0.5, 0.6])
@@ -185,7 +186,7 @@ def test_versions_are_left_out_of_names_where_there_is_one(tmp_path):
     assert read_results([tmp_path], ["drums-v1.0.0-full"]).other_tasks() == ["drums"]
 
 
-def test_another_metric_is_not_compared_with_the_papers(tmp_path):
+def test_a_different_metric_is_not_compared_with_the_papers(tmp_path):
     task = add_task(add_model(tmp_path, "mine"), HEAR_FOLDERS["E50"], [0.5, 0.6])
     write(task / "task.json", {"folder": HEAR_FOLDERS["E50"], "metric": "mAP"})
     results = read_results([tmp_path])
@@ -193,7 +194,7 @@ def test_another_metric_is_not_compared_with_the_papers(tmp_path):
     assert "top1_acc" in results.remarks[0]
 
 
-def test_runs_on_different_states_of_a_task_are_not_compared(tmp_path):
+def test_runs_on_different_versions_of_a_task_are_not_compared(tmp_path):
     for name, fingerprint in {"one": "a", "two": "b"}.items():
         add_task(add_model(tmp_path, name), "drums-v1.0.0-full", [0.5, 0.6], fingerprint=fingerprint)
     with pytest.raises(ValueError, match="drums has changed between the models' runs"):
@@ -212,7 +213,7 @@ def test_a_copy_of_a_published_model_ranks_with_it(tmp_path):
         assert text(by_name["copy"].scores[task]) == f"{mean:.1f}±{half_width:.1f}"
 
 
-def test_a_model_called_like_a_published_one_stays_apart(tmp_path):
+def test_a_model_named_like_a_published_one_stays_separate(tmp_path):
     add_like(tmp_path, "SSAST", "AxLSTM-B")
     results = read_results([tmp_path])
     entries = {entry.name: entry for entry in compare_hear(results).entries}
@@ -222,7 +223,7 @@ def test_a_model_called_like_a_published_one_stays_apart(tmp_path):
     assert "SSAST (here)" in page(results)
 
 
-def test_s_is_over_the_tasks_that_were_run_and_says_so(tmp_path):
+def test_s_covers_the_tasks_that_were_run_and_says_so(tmp_path):
     add_like(tmp_path, "two", "AxLSTM-B", ("BO", "CD"))
     add_like(tmp_path, "one", "AxLSTM-B", ("CD",))
     comparison = compare_hear(read_results([tmp_path]))
@@ -235,7 +236,7 @@ def test_s_is_over_the_tasks_that_were_run_and_says_so(tmp_path):
     assert "not ranked, as it lacks BO" in lines
 
 
-def test_a_new_best_run_moves_the_scale_and_the_report_says_so(tmp_path):
+def test_a_new_best_run_changes_the_scale_and_the_report_says_so(tmp_path):
     model = add_like(tmp_path, "mine", "AudioMAE++-Large")
     before = markdown(tables(read_results([tmp_path]))[1])
     add_task(model, HEAR_FOLDERS["VL"], [0.97 + 0.001 * seed for seed in range(10)])
@@ -244,10 +245,10 @@ def test_a_new_best_run_moves_the_scale_and_the_report_says_so(tmp_path):
     assert "best of VL (mine)" not in before
     assert "best of VL (mine)" in after
     published = {entry.name: entry.aggregate.estimate.mean for entry in compare_hear(results).entries}
-    assert published["HuBERT-large"] < 72.0  # 73.4 where it is the best at VL itself
+    assert published["HuBERT-large"] < 72.0  # 73.4 if its own run is the best of VL
 
 
-def test_open_tasks_have_an_aggregate_of_their_own(tmp_path):
+def test_open_tasks_have_their_own_aggregate(tmp_path):
     for label, shift in (("a", 0.0), ("b", 0.2)):
         model = add_model(tmp_path, label)
         for task in ("drum_stroke", "pitch"):
@@ -259,7 +260,7 @@ def test_open_tasks_have_an_aggregate_of_their_own(tmp_path):
     assert comparison.ranked_tasks == ["drum_stroke", "pitch"]
 
 
-def test_one_model_alone_on_an_open_task_gets_no_aggregate(tmp_path):
+def test_a_single_model_on_an_open_task_gets_no_aggregate(tmp_path):
     add_task(add_model(tmp_path, "mine"), "pitch", [0.5, 0.6])
     results = read_results([tmp_path])
     (entry,) = compare_others(results).entries
@@ -289,7 +290,7 @@ def test_missing_and_single_seeds_do_not_break_the_report(tmp_path):
     assert results.models[1].tasks["LC"].scores == {}
 
 
-def test_onset_f_measures_of_all_tolerances_stand_side_by_side(tmp_path):
+def test_onset_f_measures_of_all_tolerances_are_columns_of_one_table(tmp_path):
     for label, framing, strict in (("exact", "exact", 0.8), ("reference", "reference", 0.4)):
         model = add_model(tmp_path, label, options={"framing": framing})
         task = add_task(model, "onsets", [0.9, 0.9], metric="event_onset_200ms_fms", embedding_type="event")
@@ -304,13 +305,13 @@ def test_onset_f_measures_of_all_tolerances_stand_side_by_side(tmp_path):
     ]
 
 
-def test_timing_counts_seconds_and_real_time(tmp_path):
+def test_timing_shows_seconds_and_speed(tmp_path):
     add_task(add_model(tmp_path, "mine"), "pitch", [0.5, 0.6], embedding_seconds=4.0, audio_seconds=100.0)
     (table,) = (table for table in tables(read_results([tmp_path])) if table.name == "timing")
     assert table.rows[0].cells == ["pitch", "mine", 100, 100.0, 4.0, 25.0, 3.0, 2]
 
 
-def test_models_of_one_name_in_two_folders_are_told_apart(tmp_path):
+def test_models_of_the_same_name_in_two_folders_are_distinguished(tmp_path):
     for folder in ("first", "second"):
         add_task(add_model(tmp_path / folder, "mine"), "pitch", [0.5, 0.6])
     labels = [model.label for model in read_results([tmp_path / "first", tmp_path / "second"]).models]
@@ -321,7 +322,7 @@ def test_models_of_one_name_in_two_folders_are_told_apart(tmp_path):
 
 
 class _Page(HTMLParser):
-    """Checks that tags nest, and gathers what would be fetched."""
+    """Checks that tags nest, and collects references to other files."""
 
     void = frozenset({"meta", "br", "line", "rect", "circle"})
 
@@ -344,7 +345,7 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_is_self_contained_and_escapes_every_label(tmp_path):
+def test_the_page_is_self_contained_and_escapes_every_label(tmp_path):
     evil = "<script>alert('x')</script>\"&' onload='y"
     results = tmp_path / "results"
     task = add_task(add_model(results, "a"), "pitch", [0.5, 0.6], task=evil)
@@ -368,7 +369,7 @@ def test_page_is_self_contained_and_escapes_every_label(tmp_path):
     assert r"x&lt;b&gt;\|" in content
 
 
-def test_maps_have_every_point_and_label(tmp_path):
+def test_maps_show_every_point_and_label(tmp_path):
     task = add_task(add_model(tmp_path, "mine"), "words", [0.5, 0.6])
     labels = [f"word {row % 84}" for row in range(300)]
     points = np.random.default_rng(0).standard_normal((300, 2)).tolist()
@@ -383,7 +384,7 @@ def test_maps_have_every_point_and_label(tmp_path):
     assert places.max() < 200
 
 
-def test_csv_markdown_and_page_hold_the_same_numbers(tmp_path):
+def test_csv_markdown_and_page_show_the_same_numbers(tmp_path):
     add_like(tmp_path, "mine", "SSAM-Small")
     add_like(tmp_path, "other", "SSAST-B")
     out = tmp_path / "out"
@@ -400,7 +401,7 @@ def test_csv_markdown_and_page_hold_the_same_numbers(tmp_path):
     assert {line["Model"] for line in lines if line["origin"] == "results"} == {"mine", "other"}
 
 
-def test_tasks_restricts_and_unknown_ones_are_named(tmp_path, capsys):
+def test_the_tasks_option_selects_tasks_and_names_unknown_ones(tmp_path, capsys):
     model = add_like(tmp_path, "mine", "SSAST")
     add_task(model, "pitch", [0.5, 0.6])
     out = tmp_path / "out"
@@ -408,7 +409,7 @@ def test_tasks_restricts_and_unknown_ones_are_named(tmp_path, capsys):
     content = (out / "report.md").read_text(encoding="utf-8")
     assert "2 of the ten HEAR tasks (BO, CD)" in content
     assert "pitch" not in content
-    assert report.main([str(tmp_path), "--out", str(out), "--tasks", "pitch"]) == 0  # leaves no table of the one before
+    assert report.main([str(tmp_path), "--out", str(out), "--tasks", "pitch"]) == 0  # removes earlier tables
     kept = {path.stem for path in out.glob("*.csv")}
     assert "others_scores" in kept and not any(name.startswith("hear") for name in kept) and kept < set(TABLE_NAMES)
     capsys.readouterr()
@@ -418,7 +419,7 @@ def test_tasks_restricts_and_unknown_ones_are_named(tmp_path, capsys):
     assert "pitch" in error
 
 
-def test_folders_without_results_are_refused(tmp_path, capsys):
+def test_folders_without_results_are_an_error(tmp_path, capsys):
     assert report.main([str(tmp_path / "absent")]) == 2
     assert "absent is not a folder" in capsys.readouterr().err
     write(tmp_path / "notes" / "x.json", {})
@@ -429,7 +430,7 @@ def test_folders_without_results_are_refused(tmp_path, capsys):
     assert "no finished runs" in capsys.readouterr().err
     write(tmp_path / "mine" / "pitch" / "task.json", "{")
     assert report.main([str(tmp_path)]) == 2
-    assert "task.json is not JSON" in capsys.readouterr().err
+    assert "task.json: not valid JSON" in capsys.readouterr().err
 
 
 def test_other_files_among_the_results_are_ignored(tmp_path):
@@ -441,9 +442,9 @@ def test_other_files_among_the_results_are_ignored(tmp_path):
     assert list(read_results([tmp_path]).models[0].tasks["pitch"].scores.values()) == [50.0, 60.0]
 
 
-def test_command_needs_neither_scipy_nor_matplotlib(tmp_path):
+def test_the_command_does_not_need_matplotlib(tmp_path):
     add_task(add_model(tmp_path, "mine"), "pitch", [0.5, 0.6])
-    code = "import sys; sys.modules['scipy'] = sys.modules['matplotlib'] = None; from evaluation import report"
+    code = "import sys; sys.modules['matplotlib'] = None; from evaluation import report"
     code += "; sys.exit(report.main(sys.argv[1:]))"
     root = Path(report.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True)
