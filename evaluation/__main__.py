@@ -14,29 +14,40 @@ from evaluation import environment
 from evaluation.driver import Driver, Model, default_label
 from evaluation.probe import DEFAULT_CLIPS, can_probe, probe_model
 from evaluation.tasks import find_tasks, read_task
-from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, print_error
+from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error
+from training.corpora.workers import sigterm_interrupts
 
 PROG = "python -m evaluation"
 
+_DEFAULT_ENVIRONMENT = Path(environment.DEFAULT_ENVIRONMENT)
+
 _EPILOG = f"""\
 examples:
-  {PROG} setup .heareval
+  {PROG} setup
   {PROG} run --module hear_axlstm --weights weights/ --tasks-dir tasks/ --out results/
   {PROG} run --module evaluation.baselines --name logmel --tasks-dir tasks/ --out results/
-  {PROG} report --help
+  {PROG} report results/
 
-Any HEAR module can be evaluated: install it into heareval's environment (.heareval/bin/pip install ...), or start the
-command in the folder that it lies in.
+To evaluate another HEAR module, install it into heareval's environment (.heareval/bin/pip install ...), or start the
+command in the module's folder.
+"""
+
+_RUN_DESCRIPTION = """\
+Evaluate a model on HEAR tasks. For each task, `run` takes these steps, each in a process of its own:
+
+  embed    compute the embeddings of all clips
+  seed N   train the papers' classifiers on the embeddings and test them
+  map      lay out a scene task's test clips in two dimensions, for the report
+
+The same command, given again, does the steps that are missing.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
+    """Run the command; return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["report"]:  # has its own parser
-        from evaluation import report
-
-        return report.main(arguments[1:])
+    if arguments[:1] == ["report"]:
+        return _report(arguments[1:])
     parser = argparse.ArgumentParser(
         PROG,
         description="Evaluate HEAR modules with heareval, as in the papers.",
@@ -44,21 +55,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    setup = commands.add_parser("setup", help="make the environment that heareval runs in (about 3 GB)")
-    setup.add_argument("env", type=Path, nargs="?", default=Path(environment.DEFAULT_ENVIRONMENT), metavar="ENV_DIR")
-    _add_run_arguments(commands.add_parser("run", help="embed tasks, train and test the papers' classifiers on them"))
-    commands.add_parser("report", help="tables and pictures of results", add_help=False)
+    setup = commands.add_parser("setup", help="create heareval's environment (about 3 GB)")
+    setup.add_argument("env", type=output_path, nargs="?", default=_DEFAULT_ENVIRONMENT, metavar="ENV_DIR")
+    run = commands.add_parser(
+        "run",
+        help="embed tasks, train and test the papers' classifiers",
+        description=_RUN_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_run_arguments(run)
+    commands.add_parser("report", help="show results as tables and charts", add_help=False)
     _add_probe_arguments(commands.add_parser("probe", help="compare weights quickly, on validation clips"))
     options = parser.parse_args(arguments)
     command = {"setup": _setup, "run": _run, "probe": _probe}[options.command]
     try:
-        return command(options)
+        with sigterm_interrupts():
+            return command(options)
     except KeyboardInterrupt:
-        print_error(PROG, "interrupted; run the same command again to go on")
+        print_error(PROG, "interrupted; run the same command again to continue")
         return INTERRUPTED
     except (OSError, ValueError) as error:
         print_error(PROG, f"error: {error}")
         return BAD_USAGE
+
+
+def _report(arguments: Sequence[str]) -> int:
+    """Run the report command, which has a parser of its own, and libraries that the other commands do not need."""
+    try:
+        from evaluation import report
+    except ModuleNotFoundError as error:
+        print_error(PROG, f"error: {error}; the report needs: pip install '.[eval]'")
+        return BAD_USAGE
+    return report.main(arguments)
 
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,43 +97,53 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_option,
         metavar="KEY=VALUE",
-        help="keyword argument for load_model, such as framing=reference; the value is JSON or else text",
+        help="keyword argument for load_model, such as framing=reference; a value that is not JSON is text",
     )
     parser.add_argument("--tasks-dir", required=True, type=Path, metavar="TASKS", help="folder of HEAR task folders")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these folders")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these task folders")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common_arguments(parser)
-    parser.add_argument("--weights", metavar="PATH_OR_NAME", help="for load_model; default: what the module has")
-    parser.add_argument("--name", metavar="LABEL", help="name in the results; default: from module, weights, options")
-    parser.add_argument("--out", required=True, type=Path, metavar="RESULTS", help="folder for LABEL/TASK/...")
-    parser.add_argument("--seeds", type=_at_least_1, default=10, metavar="N", help="seeds 0..N-1; default: %(default)s")
-    parser.add_argument("--jobs", type=_at_least_1, default=1, metavar="N", help="processes at once, sharing the cores")
-    parser.add_argument("--keep-embeddings", action="store_true", help="in RESULTS/LABEL/.work/")
+    parser.add_argument("--weights", metavar="PATH_OR_NAME", help="weights for load_model; default: the module's own")
+    parser.add_argument(
+        "--name", metavar="LABEL", help="the model's name in the results; default: from module, weights and options"
+    )
+    parser.add_argument("--out", required=True, type=output_path, metavar="RESULTS", help="folder for LABEL/TASK/...")
+    parser.add_argument(
+        "--seeds", type=positive(int), default=10, metavar="N", help="use seeds 0 to N-1; default: %(default)s"
+    )
+    parser.add_argument("--jobs", type=positive(int), default=1, metavar="N", help="processes that share the CPU cores")
+    parser.add_argument(
+        "--keep-embeddings", action="store_true", help="keep the embeddings of finished tasks in RESULTS/LABEL/.work/"
+    )
     parser.add_argument(
         "--env",
         type=Path,
-        default=Path(environment.DEFAULT_ENVIRONMENT),
+        default=_DEFAULT_ENVIRONMENT,
         metavar="ENV_DIR",
-        help="environment made by setup; default: %(default)s",
+        help="environment created by setup; default: %(default)s",
     )
 
 
 def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common_arguments(parser)
     parser.add_argument(
-        "--weights", nargs="+", metavar="PATH_OR_NAME", help="to compare; default: what the module has, alone"
+        "--weights", nargs="+", metavar="PATH_OR_NAME", help="weights to compare; default: the module's own"
     )
     parser.add_argument(
-        "--clips", type=_at_least_1, default=DEFAULT_CLIPS, help="at most so many of a split; default: %(default)s"
+        "--clips",
+        type=positive(int),
+        default=DEFAULT_CLIPS,
+        metavar="N",
+        help="use at most N clips per split; default: %(default)s",
     )
     parser.add_argument(
         "--average",
-        type=_at_least_1,
+        type=positive(int),
         default=1,
         metavar="PARTS",
-        help="of each embedding; 5 averages our rows of bands",
+        help="average this many equal parts of each embedding; 5 averages over the bands of this project's encoders",
     )
 
 
@@ -113,9 +151,9 @@ def _setup(options: argparse.Namespace) -> int:
     try:
         made = environment.setup(options.env)
     except subprocess.CalledProcessError:
-        print_error(PROG, "error: pip failed (above); run the same command again to go on")
+        print_error(PROG, "error: pip failed (see above); run the same command again to continue")
         return FAILED
-    print(f"{options.env}: {'ready' if made else 'was ready'}")
+    print(f"{options.env}: {'ready' if made else 'already complete'}")
     return 0
 
 
@@ -141,8 +179,8 @@ def _probe(options: argparse.Namespace) -> int:
     left_out = [task.name for task in tasks if not can_probe(task)]
     tasks = [task for task in tasks if can_probe(task)]
     if left_out:
-        why = "without clips for validation alone, or not scored by accuracy on whole clips"
-        print_error(PROG, f"left out, {why}: {', '.join(left_out)}")
+        why = "they have no validation split, or are not scored by accuracy on whole clips"
+        print_error(PROG, f"left out {', '.join(left_out)}: {why}")
     if not tasks:
         raise ValueError(f"{options.tasks_dir}: no task to probe")
     print(" | ".join(["", *(task.title for task in tasks), "mean"]))
@@ -163,12 +201,6 @@ def _option(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
-
-
-def _at_least_1(text: str) -> int:
-    if not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

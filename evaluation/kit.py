@@ -120,10 +120,12 @@ def draw_map(embeddings: str, output: str) -> None:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    from hear_encoders.files import read_json, write_json
+    from evaluation.results import EmbeddingMap, write_record
+    from evaluation.tasks import METADATA_FILE
+    from hear_encoders.files import read_json
 
     folder = Path(embeddings)
-    metadata = read_json(folder / "task_metadata.json")
+    metadata = read_json(folder / METADATA_FILE)
     # A k-fold task tests on each fold in turn.
     splits = ["test"] if metadata["split_mode"] == "trainvaltest" else metadata["splits"]
     vectors, labels = [], []
@@ -142,14 +144,8 @@ def draw_map(embeddings: str, output: str) -> None:
     reduced = PCA(components, svd_solver="full").fit_transform(vectors[chosen])
     points = TSNE(perplexity=perplexity, init="pca", random_state=MAP_SEED).fit_transform(reduced)
     method = f"t-SNE (perplexity {perplexity:g}) of {components} principal components, {count} of {len(vectors)} clips"
-    write_json(
-        output,
-        {
-            "method": method,
-            "points": [[round(float(x), 3), round(float(y), 3)] for x, y in points],
-            "labels": [labels[index] for index in chosen],
-        },
-    )
+    rounded = [(round(float(x), 3), round(float(y), 3)) for x, y in points]
+    write_record(output, EmbeddingMap(method, rounded, [labels[index] for index in chosen]))
 
 
 STEPS: dict[str, Callable[..., None]] = {"describe": describe, "embed": embed, "predict": predict, "map": draw_map}
