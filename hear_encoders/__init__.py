@@ -1,23 +1,21 @@
 """Encoders of AudioMAE++ and AxLSTM made for inference, and everything from an audio file to its embedding.
 
-Most users want `hear_audiomaepp` or `hear_axlstm`. What those are made of:
+Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user down to the maths:
 
-    config                      what an encoder is: frozen dataclasses, presets, config.json
-    frontend, patches           waveform -> log-mel -> patches and their positions
-    transformer                 encoders of AudioMAE++, MAE and SSAST
-    mlstm, axlstm               the mLSTM cell, the AxLSTM encoder
-    axlstm_chunks               the AxLSTM encoder as a CPU runs it fastest
-    encoders                    from a configuration to an encoder
-    embedder                    framing, batching, embeddings, timestamps
-    stream, axlstm_steps        AxLSTM on audio that is still arriving; its encoder a few tokens at a time
-    checkpoint, hub             reading and writing weights: bundled, path, Hugging Face Hub
-    reference                   the papers' released code: its framing, its checkpoints
-    audio, corpus, outputs      audio files in, embeddings out: many files at a time
-    embed_corpus                the same on many machines, under torchrun
-    pcm                         audio from a pipe
-    threads, allocator          chunks side by side on a CPU; memory that is used again
-    atomic                      files that are written whole
-    hear, cli                   what the HEAR modules share; the commands hear-embed and hear-weights
+    cli                         the commands: hear-embed, hear-weights
+    hear                        the HEAR functions that the two modules share
+    stream                      AxLSTM on audio that is still arriving
+    embedder                    the object that load_model returns
+    framing, pooling            clip -> segments -> time steps -> scene embedding
+    execution                   which implementation encodes a batch: precision, compile, CPU threads
+    nn                          the encoders: front end, patches, transformer, mLSTM, AxLSTM and its fast forms
+    config                      frozen dataclasses, presets, config.json
+    checkpoint, hub, released   weights: bundled, from a path, from the Hugging Face Hub, from the authors' code
+    audio, pcm                  audio files and pipes -> 16 kHz mono
+    checks                      errors for input that is not audio
+    files, console              whole files, locks, settings of a folder; exit codes and messages
+
+Imports run downwards only; tests/test_imports.py checks it.
 """
 
 from hear_encoders.audio import load_audio

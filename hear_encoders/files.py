@@ -145,7 +145,8 @@ def write_or_check_settings(
     Raises:
         ValueError: the record is damaged, or holds other settings; the message names the first difference.
     """
-    record, settings = Path(record), json.loads(json.dumps(settings))  # tuples become lists, as in the record
+    record = Path(record)
+    settings = dict(json.loads(json.dumps(settings)))  # tuples become lists, as in the record
     if not record.exists():
         if not write:
             return None

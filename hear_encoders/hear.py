@@ -1,8 +1,7 @@
-"""What the two HEAR modules, `hear_audiomaepp` and `hear_axlstm`, have in common.
+"""The functions that the two HEAR modules, `hear_audiomaepp` and `hear_axlstm`, share.
 
-The HEAR API (https://hearbenchmark.com/hear-api.html) asks a module for `load_model`,
-`get_scene_embeddings` and `get_timestamp_embeddings`. The modules differ in the families of encoders they
-take and in the weights they bring.
+The HEAR API (https://hearbenchmark.com/hear-api.html) asks a module for `load_model`, `get_scene_embeddings` and
+`get_timestamp_embeddings`. The modules differ in the encoder families they support and in their bundled weights.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ class HearModule:
 
     Attributes:
         name: the import package.
-        families: the encoder families it takes; the first is its own, the others are its paper's baselines.
-        bundled: the directory of the weights that come with it.
+        families: the encoder families it supports: its own first, then its paper's baselines.
+        bundled: the directory of the weights that come with the package.
     """
 
     name: str
@@ -46,54 +45,57 @@ class HearModule:
         statistics: Sequence[float] | None = None,
         pooling: PoolingName = "mean",
         compile: bool = False,
+        max_chunks: int | None = None,
     ) -> Embedder:
         """Load a model on the CPU; move it with `.to(device)`.
 
         Args:
-            model_file_path: a directory with `config.json` and `model.safetensors`, such a `.safetensors`
-                file, or a Hugging Face Hub repository "org/name". Empty: the weights bundled with the package.
+            model_file_path: a directory with `config.json` and `model.safetensors`, the `.safetensors` file in it, or
+                a Hugging Face Hub repository "org/name". Empty: the weights bundled with the package.
             revision: branch, tag or commit of the Hub repository; None is its default branch.
             framing: "exact", or "reference" for the released code's framing.
-            precision: of the encoder's matmuls; "auto", "float32", "bfloat16" or "float16".
+            precision: dtype of the encoder's matmuls: "auto", "float32", "bfloat16" or "float16".
             max_segments: 2 s segments per forward pass; bounds memory, does not change the result.
-            statistics: mean and standard deviation of log-mel to normalise with instead of each clip's own.
-            pooling: of a clip's time steps into its scene embedding: "mean", as in the papers, or "mean_std", which
-                appends their standard deviation and so is twice as long.
-            compile: run the encoder through `torch.compile`, which takes a minute or more at the first call; not an
-                AxLSTM in float32 on the CPU, which has a faster form.
+            statistics: mean and standard deviation of log-mel to normalize with instead of each clip's own.
+            pooling: how a clip's time steps become its scene embedding: "mean", as in the papers, or "mean_std", which
+                appends their standard deviation and is twice as long.
+            compile: run the encoder through `torch.compile`, which takes a minute or more at the first call. An AxLSTM
+                in float32 on the CPU has a faster form and is not compiled.
+            max_chunks: the former name of `max_segments`.
 
         Returns:
             A `torch.nn.Module` with `sample_rate` (16000 Hz), `scene_embedding_size`,
             `timestamp_embedding_size`. See `hear_encoders.Embedder` for the options in full.
 
         Raises:
-            FileNotFoundError: the weights are not there, nor in the cache of an offline machine.
+            FileNotFoundError: there are no such weights, or an offline machine does not have them in its cache.
             PermissionError, ConnectionError: the Hub asks for a token, or failed.
-            ValueError: a damaged or foreign checkpoint, one of another family, or an impossible option.
+            ValueError: a damaged or foreign checkpoint, one of another family, or an invalid option.
         """
-        options = {
-            "framing": framing,
-            "precision": precision,
-            "max_segments": max_segments,
-            "statistics": statistics,
-            "pooling": pooling,
-            "compile": compile,
-        }
         if model_file_path:
             source = resolve(model_file_path, revision)
         elif revision is not None:
-            raise ValueError(f"revision {revision!r} was given without a Hub repository to take it from")
+            raise ValueError(f"revision {revision!r} was given without a Hub repository")
         else:
             source = self.bundled / WEIGHTS_FILE
         encoder = load_checkpoint(source)
         if encoder.config.family not in self.families:
-            raise ValueError(f"{source}: holds a model of family {encoder.config.family!r}, {self._takes()}")
-        return Embedder(encoder, **options).eval()
+            raise ValueError(f"{source}: holds a model of family {encoder.config.family!r}, {self._supported()}")
+        embedder = Embedder(
+            encoder,
+            framing=framing,
+            precision=precision,
+            max_segments=max_segments if max_chunks is None else max_chunks,
+            statistics=statistics,
+            pooling=pooling,
+            compile=compile,
+        )
+        return embedder.eval()
 
     def get_scene_embeddings(self, audio: Tensor, model: Embedder) -> Tensor:
-        """One embedding per clip, the mean over its time steps (or what `pooling` says), without gradients.
+        """Return one embedding per clip, its time steps' embeddings pooled, without gradients.
 
-        To fine-tune an encoder, train `model.encoder`, on log-mel normalised as `hear_encoders.nn.frontend` does.
+        To fine-tune, train `model.encoder` on log-mel normalized as in `hear_encoders.frontend`.
 
         Args:
             audio: (clips, samples) floating point, 16 kHz mono in [-1, 1].
@@ -104,14 +106,14 @@ class HearModule:
 
         Raises:
             TypeError: not a tensor of floating-point samples, or not a model.
-            ValueError: another shape, empty or not finite audio, or a model of another family.
+            ValueError: another shape, audio that is empty or not finite, or a model of another family.
         """
         return self._check(model).scene_embeddings(audio)
 
     def get_timestamp_embeddings(self, audio: Tensor, model: Embedder) -> tuple[Tensor, Tensor]:
-        """One embedding per time step of each clip, without gradients.
+        """Return one embedding per time step of each clip, without gradients.
 
-        Args, Raises: as `get_scene_embeddings`.
+        Args, Raises: as for `get_scene_embeddings`.
 
         Returns:
             Embeddings (clips, steps, model.timestamp_embedding_size) and timestamps (clips, steps) in
@@ -123,8 +125,8 @@ class HearModule:
         if not isinstance(model, Embedder):
             raise TypeError(f"model must come from {self.name}.load_model, got {type(model).__name__}")
         if model.encoder.config.family not in self.families:
-            raise ValueError(f"the model is of family {model.encoder.config.family!r}, {self._takes()}")
+            raise ValueError(f"the model is of family {model.encoder.config.family!r}, {self._supported()}")
         return model
 
-    def _takes(self) -> str:
-        return f"but {self.name} takes {' and '.join(self.families)}"
+    def _supported(self) -> str:
+        return f"but {self.name} supports {' and '.join(self.families)}"

@@ -19,6 +19,7 @@ from torch import Tensor
 from hear_encoders.checks import check_statistics, validate_audio, warn_if_loud
 from hear_encoders.embedder import Embedder
 from hear_encoders.framing import ExactFraming
+from hear_encoders.nn.axlstm import AxLSTMEncoder
 from hear_encoders.nn.axlstm_online import OnlineEncoder
 from hear_encoders.nn.frontend import (
     BANDS,
@@ -93,7 +94,7 @@ class AxLSTMStream:
         statistics: Sequence[float] | None = None,
         warm_up_s: float = DEFAULT_WARM_UP_S,
     ) -> None:
-        _check_model(model)
+        encoder = _streamable_encoder(model)
         if type(streams) is not int or streams < 1:
             raise ValueError(f"streams must be an integer of at least 1, got {streams!r}")
         if isinstance(warm_up_s, bool) or not (isinstance(warm_up_s, (int, float)) and 0 <= warm_up_s < math.inf):
@@ -107,7 +108,7 @@ class AxLSTMStream:
         self._device = device = model.device
         self._log_mel = LogMel().to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # whatever the caller has switched on
-            self._encoder = OnlineEncoder(model.encoder, streams)
+            self._encoder = OnlineEncoder(encoder, streams)
         self._received = 0
         # Keep only the samples that later frames need.
         kept = HOP * FRAMES_BEFORE + max(self._framing.step_samples + LOOKAHEAD, SHORTEST_CLIP) - 1
@@ -303,17 +304,17 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _check_model(model: Embedder) -> None:
-    """Raise an error that says why a model cannot be streamed, if it cannot."""
+def _streamable_encoder(model: Embedder) -> AxLSTMEncoder:
+    """Return a model's encoder, or raise an error that says why it cannot be streamed."""
     if not isinstance(model, Embedder):
         raise TypeError(f"model must come from hear_axlstm.load_model, got {type(model).__name__}")
-    config = model.encoder.config
-    if config.family != "axlstm":
+    encoder = model.encoder
+    if not isinstance(encoder, AxLSTMEncoder):
         raise ValueError(
-            f"a model of family {config.family!r} cannot be streamed: its attention looks at all of a 2 s segment at "
-            "once, also ahead; an AxLSTM without flip can"
+            f"a model of family {encoder.config.family!r} cannot be streamed: its attention looks at all of a 2 s "
+            "segment at once, also ahead; an AxLSTM without flip can"
         )
-    if config.flip:
+    if encoder.config.flip:
         raise ValueError(
             "an AxLSTM with flip cannot be streamed: every second block reads its 2 s segment from the end, so the "
             "first embedding depends on the last sample; a model without flip can"
@@ -323,6 +324,7 @@ def _check_model(model: Embedder) -> None:
             f"only exact framing can be streamed, got {model.framing!r}: the released code's timestamps and padding "
             "depend on the length of the whole clip; load the model with framing='exact'"
         )
-    dtypes = {parameter.dtype for parameter in model.encoder.parameters()}
+    dtypes = {parameter.dtype for parameter in encoder.parameters()}
     if dtypes != {torch.float32}:
         raise ValueError(f"the model's weights must be float32, got {', '.join(sorted(map(str, dtypes)))}")
+    return encoder

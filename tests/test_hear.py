@@ -97,8 +97,8 @@ def test_options_that_arrive_as_json_work(checkpoints, noise):
         ' "statistics": [-6.5, 3], "compile": true}'
     )
     model = hear_axlstm.load_model(checkpoints["axlstm"], **options)
-    assert (model.framing, model.precision, model.max_chunks) == ("reference", "bfloat16", 2)
-    assert model.compiles
+    assert (model.framing, model.precision, model.max_segments) == ("reference", "bfloat16", 2)
+    assert model.execution.compile
     model = hear_axlstm.load_model(checkpoints["axlstm"], **options | {"compile": False})
     assert hear_axlstm.get_timestamp_embeddings(noise(1, 32000), model)[0].shape == (1, 51, 240)
 
@@ -117,11 +117,11 @@ def test_a_revision_needs_a_repository(checkpoints):
 
 def test_each_module_takes_its_papers_baseline_and_refuses_the_others_models(checkpoints, noise):
     assert hear_axlstm.load_model(checkpoints["ssast"]).encoder.config.family == "ssast"
-    with pytest.raises(ValueError, match="family 'axlstm', but hear_audiomaepp takes audiomaepp and mae"):
+    with pytest.raises(ValueError, match="family 'axlstm', but hear_audiomaepp supports audiomaepp and mae"):
         hear_audiomaepp.load_model(checkpoints["axlstm"])
     model = hear_audiomaepp.load_model(checkpoints["audiomaepp"])
     for function in (hear_axlstm.get_scene_embeddings, hear_axlstm.get_timestamp_embeddings):
-        with pytest.raises(ValueError, match="family 'audiomaepp', but hear_axlstm takes axlstm and ssast"):
+        with pytest.raises(ValueError, match="family 'audiomaepp', but hear_axlstm supports axlstm and ssast"):
             function(noise(1, 16000), model)
         with pytest.raises(TypeError, match=r"must come from hear_axlstm\.load_model, got Linear"):
             function(noise(1, 16000), torch.nn.Linear(2, 2))

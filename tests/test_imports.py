@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 # Needs of training, of tests or of optional outputs; or imported only where they are used, being slow.
 UNWANTED = [
-    *("training", "torchaudio", "xlstm", "mlstm_kernels", "tensorflow", "tests", "pytest"),
+    *("training", "evaluation", "torchaudio", "xlstm", "mlstm_kernels", "tensorflow", "tests", "pytest"),
     *("huggingface_hub", "pyarrow", "tqdm"),
 ]
 
@@ -127,7 +128,17 @@ def test_hear_modules_do_not_import_each_other(imported: dict) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_source_file_imports_what_the_runtime_must_do_without(path: Path) -> None:
     """Anywhere in it, in functions too; by name in importlib.import_module as well."""
-    forbidden = {"training", "torchaudio", "xlstm", "mlstm_kernels", "tensorflow", "tests", "transformers", "timm"}
+    forbidden = {
+        "training",
+        "evaluation",
+        "torchaudio",
+        "xlstm",
+        "mlstm_kernels",
+        "tensorflow",
+        "tests",
+        "transformers",
+        "timm",
+    }
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -138,6 +149,96 @@ def test_no_source_file_imports_what_the_runtime_must_do_without(path: Path) -> 
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
     assert {name.partition(".")[0] for name in found} & forbidden == set()
+
+
+# From top to bottom: a module imports only from lower layers, or from its own layer where that is a package.
+LAYERS = [
+    ["benchmarks"],
+    ["evaluation"],
+    ["training"],
+    ["training.corpora"],
+    ["hear_encoders.cli.embed", "hear_encoders.cli.weights", "hear_encoders.cli.embed_corpus"],
+    ["hear_encoders.cli"],
+    ["hear_audiomaepp", "hear_axlstm"],
+    ["hear_encoders.hear", "hear_encoders.stream"],
+    ["hear_encoders.__init__"],
+    ["hear_encoders.embedder"],
+    ["hear_encoders.framing", "hear_encoders.pooling", "hear_encoders.execution", "hear_encoders.checks"],
+    ["hear_encoders.checkpoint", "hear_encoders.released", "hear_encoders.audio"],
+    ["hear_encoders.hub", "hear_encoders.pcm", "hear_encoders.frontend"],
+    ["hear_encoders.nn.build", "hear_encoders.nn.axlstm_offline", "hear_encoders.nn.axlstm_online"],
+    ["hear_encoders.nn.axlstm_folded"],
+    ["hear_encoders.nn.axlstm", "hear_encoders.nn.transformer"],
+    ["hear_encoders.nn.patches", "hear_encoders.nn.mlstm", "hear_encoders.nn.frontend"],
+    ["hear_encoders.config"],
+    ["hear_encoders.files", "hear_encoders.console"],
+]
+SELF_CONTAINED = {"benchmarks", "evaluation", "training", "training.corpora", "hear_encoders.cli"}
+OWN_PACKAGES = {name.partition(".")[0] for layer in LAYERS for name in layer}
+
+
+def _layer(module: str) -> tuple[int, str]:
+    """Return a module's layer, and the name under which it is listed there."""
+    matches = [
+        (len(name), index, name)
+        for index, names in enumerate(LAYERS)
+        for name in names
+        if module == name or module.startswith(f"{name}.")
+    ]
+    assert matches, f"{module} is in no layer: add it to LAYERS"
+    _, index, name = max(matches)
+    return index, name
+
+
+def _own_imports() -> dict[str, set[str]]:
+    """Return which of our modules each of our modules imports, from the source, inside functions too."""
+    modules = {}
+    for package in sorted(OWN_PACKAGES):
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            modules[name if name == "hear_encoders.__init__" else name.removesuffix(".__init__")] = path
+    graph = {}
+    for module, path in modules.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:  # a submodule, or a name defined in the module
+                    submodule = f"{node.module}.{alias.name}"
+                    imported.add(submodule if submodule in modules else node.module)
+        imported = {"hear_encoders.__init__" if name == "hear_encoders" else name for name in imported}
+        graph[module] = (imported & modules.keys()) - {module}
+    return graph
+
+
+def test_imports_run_down_through_the_layers() -> None:
+    upwards = []
+    for module, imported in _own_imports().items():
+        if not imported:
+            continue
+        index, name = _layer(module)
+        for target in imported:
+            below, target_name = _layer(target)
+            if not (below > index or (target_name == name and name in SELF_CONTAINED)):
+                upwards.append(f"{module} imports {target}")
+    assert upwards == []
+
+
+def test_imports_make_no_circle() -> None:
+    """Not even through an import inside a function."""
+    graphlib.TopologicalSorter(_own_imports()).prepare()  # raises CycleError
+
+
+def test_evaluation_needs_only_the_corpora_of_training() -> None:
+    needed = {
+        target
+        for module, imported in _own_imports().items()
+        if module.startswith("evaluation")
+        for target in imported
+        if target.startswith("training")
+    }
+    assert {name for name in needed if not name.startswith("training.corpora")} == set()
 
 
 def test_the_source_files_are_all_looked_at() -> None:

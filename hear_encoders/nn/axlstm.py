@@ -1,7 +1,7 @@
 """AxLSTM encoder: blocks around the mLSTM cell (AxLSTM section 2.2, figure 1).
 
 Read top to bottom: block-diagonal projection, causal convolution, head norm, block, encoder.
-Letters in shape comments: B chunks, S tokens of the sequence (cls first), D channels of a token,
+Letters in shape comments: B segments, S tokens of the sequence (cls first), D channels of a token,
 I = expansion * D channels inside a block, H heads.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,41 +24,43 @@ BLOCK_NORM_EPS = 1e-5
 HEAD_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
 
-MATMUL_SIZE = 16  # least size at which small matmuls are worth it, measured on a CPU
+MATMUL_SIZE = 16  # the least size at which small matmuls pay off, measured on a CPU
 
 
 class BlockDiagonal(nn.Module):
-    """Linear map without bias whose matrix has `size` x `size` blocks on its diagonal; see `project_to_heads`."""
+    """A linear map without bias, whose matrix has `size` x `size` blocks on its diagonal; see `project_to_heads`."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels // size, size, size))  # (blocks, out, in)
 
     def fold(self, after: Tensor) -> Tensor:
-        """The matrix that does this map and then `after`: (outputs, I) -> (outputs, I)."""
+        """Return the matrix that applies this map and then `after`: (outputs, I) -> (outputs, I)."""
         after = after.unflatten(1, self.weight.shape[:2]).transpose(0, 1)  # (blocks, outputs, out)
         return (after @ self.weight).transpose(0, 1).flatten(1)
 
 
 def merged_blocks(blocks: int, heads: int, size: int) -> int:
-    """How many blocks of a block-diagonal map to do as one matmul: 4 x 4 is nearly all overhead. They lie in one head,
-    unless there are blocks that lie in two."""
+    """Return how many blocks of a block-diagonal map to merge into one matmul: 4 x 4 is nearly all overhead.
+
+    Merged blocks lie in one head, unless single blocks already lie in two.
+    """
     return math.gcd(blocks if blocks % heads else blocks // heads, max(1, MATMUL_SIZE // size))
 
 
 def project_to_heads(x: Tensor, projections: Sequence[BlockDiagonal], heads: int) -> list[Tensor]:
-    """Project one input in several ways, each cut into heads: (B, S, I) -> (B, H, S, I/H) in memory order, for each."""
+    """Apply several projections to one input and split each into heads: (B, S, I) -> (B, H, S, I/H), contiguous."""
     batch, length, _ = x.shape
     weight = torch.stack([projection.weight for projection in projections], dim=1)  # (blocks, maps, out, in)
     blocks, _, _, size = weight.shape
     aligned = blocks % heads == 0
-    merged = merged_blocks(blocks, heads, size)  # between them zeros
+    merged = merged_blocks(blocks, heads, size)
     weight = weight.unflatten(0, (-1, merged)).permute(0, 4, 2, 3, 1)  # (groups, in, maps, out, merged)
-    weight = torch.diag_embed(weight, dim1=1, dim2=4)  # (groups, merged, in, maps, merged, out)
+    weight = torch.diag_embed(weight, dim1=1, dim2=4)  # zeros between: (groups, merged, in, maps, merged, out)
     weight = weight.flatten(3).flatten(1, 2)  # (groups, merged * in, maps * merged * out)
     x = x.reshape(batch * length, -1, merged * size).transpose(0, 1)  # (groups, B S, merged * in)
     y = (x @ weight).unflatten(2, (len(projections), -1)).unflatten(1, (batch, length))
-    if not aligned:  # a block that lies in two heads: the channels have to be put in order first
+    if not aligned:  # some blocks lie in two heads: order the channels first
         y = y.permute(3, 1, 2, 0, 4).flatten(3).unflatten(3, (heads, -1))  # (maps, B, S, H, I/H)
         return [part.transpose(1, 2).contiguous() for part in y]
     y = y.unflatten(0, (heads, -1))  # (H, groups of a head, B, S, maps, merged * out)
@@ -65,7 +68,7 @@ def project_to_heads(x: Tensor, projections: Sequence[BlockDiagonal], heads: int
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution along the sequence that sees a token and the kernel - 1 before it."""
+    """Depthwise convolution along the sequence: each token sees itself and the kernel - 1 tokens before it."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -77,13 +80,13 @@ class CausalConv(nn.Module):
 
 
 class _CausalProducts(torch.autograd.Function):
-    """The convolution as a few shifted products: the channels stay last, where conv1d would want them transposed.
+    """The convolution as a sum of shifted products. Channels stay last; conv1d would transpose them.
 
-    Its gradient is written out. Left to autograd, each shift costs a tensor of zeros as large as the input.
+    The gradient is written by hand: with autograd, each shift costs a tensor of zeros as large as the input.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         length, (now, *past) = x.shape[1], weight.T.contiguous().flip(0)  # (I,) each, latest first
         y = torch.addcmul(bias, x, now)
@@ -93,34 +96,34 @@ class _CausalProducts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         length, (now, *past) = x.shape[1], weight.T.contiguous().flip(0)
-        of_x = of_y * now
-        of_weight = torch.zeros_like(weight)  # (I, kernel); taps before the beginning have no gradient
-        of_weight[:, -1] = (of_y * x).sum((0, 1))
+        grad_x = grad_y * now
+        grad_weight = torch.zeros_like(weight)  # (I, kernel); taps before the beginning have no gradient
+        grad_weight[:, -1] = (grad_y * x).sum((0, 1))
         for ago, tap in enumerate(past[: length - 1], start=1):
-            of_x[:, :-ago].addcmul_(of_y[:, ago:], tap)
-            of_weight[:, -1 - ago] = (of_y[:, ago:] * x[:, :-ago]).sum((0, 1))
-        return of_x, of_weight, of_y.sum((0, 1))
+            grad_x[:, :-ago].addcmul_(grad_y[:, ago:], tap)
+            grad_weight[:, -1 - ago] = (grad_y[:, ago:] * x[:, :-ago]).sum((0, 1))
+        return grad_x, grad_weight, grad_y.sum((0, 1))
 
 
 class HeadNorm(nn.Module):
-    """Normalise each head of each step by itself; one weight per channel, no bias."""
+    """Normalize each head of each token by itself; one weight per channel, no bias."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels))
 
-    def forward(self, h: Tensor, skipped: Tensor) -> Tensor:
-        """Norm of h, and what goes around it added: (B, H, S, I/H), (B, S, I) -> (B, S, I)."""
+    def forward(self, h: Tensor, skip: Tensor) -> Tensor:
+        """Normalize h and add the skip connection: (B, H, S, I/H), (B, S, I) -> (B, S, I)."""
         normed = F.layer_norm(h, h.shape[-1:], eps=HEAD_NORM_EPS).transpose(1, 2)  # (B, S, H, I/H)
         weight = self.weight.unflatten(0, normed.shape[2:])
-        return torch.addcmul(skipped.unflatten(2, normed.shape[2:]), normed, weight).flatten(2)
+        return torch.addcmul(skip.unflatten(2, normed.shape[2:]), normed, weight).flatten(2)
 
 
 class MLSTMBlock(nn.Module):
-    """One residual block: expand, convolve, remember, gate, project back."""
+    """One residual block: expand, convolve, remember, gate, project back (AxLSTM figure 1)."""
 
     def __init__(self, config: AxLSTMConfig) -> None:
         super().__init__()
@@ -150,26 +153,26 @@ class MLSTMBlock(nn.Module):
         return x + self.down(h * F.silu(z))
 
     def gates(self, convolved: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithms of the input and the forget gate, float32: two (B, S, I) -> two (B, H, S).
+        """Compute the logarithms of the input and forget gates, float32: two (B, S, I) -> two (B, H, S).
 
-        The gates see cat(q, k, v). As q, k and v are linear in what they are made of, so are the gates: their
-        matrices are multiplied first, which is less work, and q, k and v need not be kept side by side.
+        The gates are linear in cat(q, k, v), and q, k and v are linear in the convolution's output and input. So the
+        matrices are multiplied first: that is less work, and q, k and v need not be concatenated.
         """
         with torch.autocast(inner.device.type, enabled=False):
             weight = torch.cat([self.gate_i.weight, self.gate_f.weight])  # (2 H, 3 I)
             bias = torch.cat([self.gate_i.bias, self.gate_f.bias])
-            of_q, of_k, of_v = weight.chunk(3, dim=1)
-            gates = F.linear(convolved.to(weight.dtype), self.q.fold(of_q) + self.k.fold(of_k), bias)
-            gates = gates + F.linear(inner.to(weight.dtype), self.v.fold(of_v))  # (B, S, 2 H)
+            for_q, for_k, for_v = weight.chunk(3, dim=1)
+            gates = F.linear(convolved.to(weight.dtype), self.q.fold(for_q) + self.k.fold(for_k), bias)
+            gates = gates + F.linear(inner.to(weight.dtype), self.v.fold(for_v))  # (B, S, 2 H)
             log_i, forget = gates.transpose(1, 2).chunk(2, dim=1)
             return (F.logsigmoid(log_i) if self.input_gate == "sigmoid" else log_i), F.logsigmoid(forget)
 
 
 class AxLSTMEncoder(PatchEncoder):
-    """Encoder of AxLSTM: see `PatchEncoder` for what goes in and out.
+    """The AxLSTM encoder; see `PatchEncoder` for its input and output.
 
     Attributes:
-        mode, chunk_size: how the mLSTM cell is computed (see `mlstm`); the result does not depend on them.
+        mode, chunk_size: how to compute the mLSTM cell (see `mlstm`); they do not change the result.
     """
 
     config: AxLSTMConfig
@@ -182,7 +185,7 @@ class AxLSTMEncoder(PatchEncoder):
         self.norm = nn.LayerNorm(config.dim, eps=FINAL_NORM_EPS)
 
     def encode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """As `PatchEncoder.encode`; `positions` is not needed: the position table is in the tokens."""
+        """Run the blocks as `PatchEncoder.encode` does; `positions` has no effect, since the tokens contain them."""
         x = self.with_cls(tokens)  # (B, S, D)
         for index, block in enumerate(self.blocks):
             flipped = self.config.flip and index % 2 == 1
@@ -193,15 +196,15 @@ class AxLSTMEncoder(PatchEncoder):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the released code does: small normal projections, gates that begin independent of the input,
-        forgetting slowly (bias 3 to 6) and writing evenly (bias near 0)."""
+        """Initialize as the released code does: small normal projections, and gates that start independent of the
+        input, forget slowly (bias 3 to 6) and write evenly (bias near 0)."""
         config = self.config
         small_std = math.sqrt(2 / (5 * config.dim))
         nn.init.xavier_uniform_(self.patch_projection.weight)
         nn.init.zeros_(self.patch_projection.bias)
         nn.init.normal_(self.cls_token, std=0.02)
         self.norm.reset_parameters()
-        for block in self.blocks:
+        for block in cast("list[MLSTMBlock]", self.blocks):
             block.norm.reset_parameters()
             for projection in (block.up, block.q, block.k, block.v):
                 nn.init.normal_(projection.weight, std=small_std)

@@ -16,7 +16,7 @@ Letters in shape comments: D channels of a token, H heads, K channels of a head,
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class FoldedAxLSTM:
         sizes = range(step, max(step, MAP_SIZE) + 1, step)
         self.map_size = config.inner_dim if self.straddles else max(size for size in sizes if head_dim % size == 0)
         with torch.no_grad():
-            self.blocks = [self._fold(block, head_dim**-0.5) for block in encoder.blocks]
+            self.blocks = [self._fold(block, head_dim**-0.5) for block in cast("list[MLSTMBlock]", encoder.blocks)]
         self._versions = _versions(encoder)
 
     @classmethod

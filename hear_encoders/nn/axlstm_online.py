@@ -206,7 +206,7 @@ class _Block:
         torch.sub(log_i, forgotten, out=workspace.g_of_tokens)
         torch.cummax(workspace.g, 1, out=workspace.largest)
         weights = torch.sub(workspace.g_row, workspace.largest_column, out=workspace.weights).exp_()  # (H B, S, 1 + S)
-        F.threshold_(weights.tril_(1), MIN_WEIGHT, 0.0)  # tril_ removes the future
+        F.threshold(weights.tril_(1), MIN_WEIGHT, 0.0, inplace=True)  # tril_ removes the future
         m = forgotten.add_(workspace.largest_of_tokens)
         torch.bmm(workspace.q, workspace.k_transposed, out=workspace.scores).mul_(workspace.token_weights)
         torch.mul(workspace.q, workspace.memory_weights, out=workspace.q_of_memory)

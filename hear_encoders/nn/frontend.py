@@ -1,7 +1,7 @@
-"""Waveform to log-mel spectrogram, as both papers use it.
+"""From waveform to log-mel spectrogram, as in both papers.
 
-16 kHz mono; 25 ms periodic Hann window, 10 ms hop, centred frames with reflected edges, power spectrum;
-80 HTK mel bands from 50 to 8000 Hz without area normalisation; natural logarithm. Frame i is centred on
+16 kHz mono; 25 ms periodic Hann window, 10 ms hop, centered frames with reflected edges, power spectrum;
+80 HTK mel bands from 50 to 8000 Hz without area normalisation; natural logarithm. Frame i is centered on
 sample 160 * i, so a clip of N samples has N // 160 + 1 frames. Equal to
 `torchaudio.transforms.MelSpectrogram` with these arguments, without needing torchaudio.
 """
@@ -24,10 +24,10 @@ LOWEST_HZ, HIGHEST_HZ = 50.0, 8000.0
 LOG_OFFSET = 1.1920929e-07  # float32 machine epsilon
 STD_OFFSET = 1e-8
 
-# Reflecting WINDOW // 2 samples at each edge takes one sample more than that.
+# Reflecting WINDOW // 2 samples at an edge takes one sample more than that.
 SHORTEST_CLIP = WINDOW // 2 + 1
 
-# So many frames of audio before a frame make its window whole.
+# Frames of audio before a frame that its window reaches.
 FRAMES_BEFORE = math.ceil(WINDOW / 2 / HOP)
 
 # Frames per STFT call. Bounds the complex spectrum's memory (3.2 kB a frame) however long the clip is.
@@ -37,9 +37,12 @@ FRAMES_PER_SLICE = 6_000
 class LogMel(nn.Module):
     """Log-mel spectrogram of a batch of waveforms.
 
-    Never in half precision, which the logarithm of a power spectrum does not survive: the FFT is in float64 (on MPS,
-    which has none, in float32), the rest in float32.
+    Never in half precision, which a power spectrum exceeds: the FFT runs in float64 (float32 on MPS, which has no
+    float64), the rest in float32.
     """
+
+    window: Tensor
+    mel: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,11 +50,11 @@ class LogMel(nn.Module):
         self.register_buffer("mel", mel_matrix(), persistent=False)
 
     def forward(self, audio: Tensor) -> Tensor:
-        """Return the log-mel frames of `audio`.
+        """Compute log-mel frames.
 
         Args:
-            audio: (B, samples) float32 at 16 kHz. A clip shorter than 201 samples is extended with zeros
-                to 201, the least that can be reflected at its edges.
+            audio: (B, samples) float32 at 16 kHz. A clip shorter than 201 samples is extended with zeros to 201, the
+                least that can be reflected at both edges.
 
         Returns:
             (B, samples // 160 + 1, 80) float32, natural log of mel power.
@@ -61,7 +64,7 @@ class LogMel(nn.Module):
         batch, samples = audio.shape
         frames = samples // HOP + 1
         logmel = audio.new_empty(batch, frames, BANDS)
-        # Slices are shortened for a batch, so that memory is bounded by the batch's total length.
+        # Slices are shorter for larger batches, which bounds memory.
         slice_frames = max(1, FRAMES_PER_SLICE // batch)
         with torch.autocast(audio.device.type, enabled=False):  # whatever the caller has switched on
             for first in range(0, frames, slice_frames):
@@ -70,7 +73,7 @@ class LogMel(nn.Module):
         return logmel
 
     def _slice(self, audio: Tensor, first: int, last: int) -> Tensor:
-        """Log-mel of frames first..last-1: (B, last - first, 80)."""
+        """Compute log-mel of frames first..last-1: (B, last - first, 80)."""
         half = WINDOW // 2
         start, stop = first * HOP - half, (last - 1) * HOP + half
         samples = audio.shape[1]
@@ -79,8 +82,8 @@ class LogMel(nn.Module):
             piece = torch.cat([audio[:, 1 : 1 - start].flip(1), piece], dim=1)
         if stop > samples:
             piece = torch.cat([piece, audio[:, samples - 1 - (stop - samples) : samples - 1].flip(1)], dim=1)
-        # A loud sound's rounding, different on each processor, is what is seen of a silent band beside it: 5e-4 in the
-        # log-mel if in float32.
+        # Beside a loud sound, a silent band holds only rounding errors; those of float32 differ between processors by
+        # 5e-4 in the log-mel.
         wide = torch.float32 if piece.device.type == "mps" else torch.float64  # MPS has no float64
         window = self.window.to(wide)
         spectrum = torch.stft(piece.to(wide), WINDOW, HOP, window=window, center=False, return_complex=True)
@@ -90,22 +93,22 @@ class LogMel(nn.Module):
 
 
 def logmel_of_blocks(log_mel: LogMel, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Log-mel of a clip that comes in blocks, as they come; joined, the frames are those of the whole clip.
+    """Compute log-mel of a clip that comes in blocks; concatenated, the frames equal those of the whole clip.
 
     Args:
-        blocks: (n,) float32 each, of any length, together a clip.
+        blocks: (n,) float32 each, of any length, which make up the clip.
 
     Yields:
         (F, 80) float32 each.
     """
-    audio, first = None, 0  # what is kept of the clip, and which frame is centred on its first sample
+    audio, first = None, 0  # the samples still needed, and the frame that is centered on the first of them
     done = 0  # frames
     for block in blocks:
         audio = block if audio is None else torch.cat([audio, block])
-        # Frames are whole when their window is; the very first one also needs what its beginning reflects.
+        # Frames whose windows are complete. The very first one also needs the samples that its beginning reflects.
         whole = (HOP * first + len(audio) - WINDOW // 2) // HOP + 1 if HOP * first + len(audio) >= SHORTEST_CLIP else 0
         if whole > done:
-            # At its ends that piece is reflected, and only there frames come out wrong: they are not taken.
+            # Both ends of this piece are reflected, so the frames there are wrong; leave them out.
             yield log_mel(audio[None])[0, done - first : whole - first]
             done, drop = whole, max(0, whole - FRAMES_BEFORE - first)
             audio, first = audio[HOP * drop :].clone(), first + drop
@@ -115,8 +118,8 @@ def logmel_of_blocks(log_mel: LogMel, blocks: Iterable[Tensor]) -> Iterator[Tens
 
 def mel_matrix() -> Tensor:
     """Return the (201, 80) float32 matrix of triangular HTK mel filters with peaks of 1."""
-    # In float32 throughout: where a bin only just touches a narrow low filter, the rounding of the corners
-    # is visible in the log-mel (2e-4), and the papers' checkpoints were trained with float32 corners.
+    # In float32 throughout, as for the papers' checkpoints: if a bin barely touches a narrow low filter, the rounding
+    # of the filter's corners shows in the log-mel (2e-4).
     bins_hz = torch.linspace(0, SAMPLE_RATE // 2, WINDOW // 2 + 1, dtype=torch.float32, device="cpu")
     lowest_mel, highest_mel = (2595.0 * math.log10(1.0 + hz / 700.0) for hz in (LOWEST_HZ, HIGHEST_HZ))
     corners_mel = torch.linspace(lowest_mel, highest_mel, BANDS + 2, dtype=torch.float32, device="cpu")
@@ -129,13 +132,13 @@ def mel_matrix() -> Tensor:
 
 
 def clip_statistics(logmel: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation over all frames and bands of each clip: two (B, 1, 1) tensors."""
+    """Return each clip's mean and unbiased standard deviation over all frames and bands: two (B, 1, 1)."""
     variance, mean = torch.var_mean(logmel, dim=(1, 2), keepdim=True)
     return mean, variance.sqrt()
 
 
 def statistics_of_blocks(blocks: Iterable[Tensor]) -> tuple[float, float]:
-    """As `clip_statistics`, of one clip whose frames come in blocks (F, bands).
+    """Compute `clip_statistics` of one clip whose frames come in blocks (F, bands).
 
     Raises:
         ValueError: no frames.
@@ -148,7 +151,7 @@ def statistics_of_blocks(blocks: Iterable[Tensor]) -> tuple[float, float]:
         count += added
         mean += step * added / count
     if count == 0:
-        raise ValueError("there are no frames to take the statistics of")
+        raise ValueError("there are no frames to compute statistics from")
     return mean, math.sqrt(squares / (count - 1))
 
 

@@ -1,13 +1,15 @@
 """The mLSTM cell (AxLSTM equations 1-9; Beck et al. 2024, xLSTM, section 2.3 and appendix A.3).
 
-One operator in three forms that agree: `recurrent` goes step by step, `parallel` makes all steps at once,
-`chunkwise` carries a state from chunk to chunk and is parallel inside. State is a value that goes in and
-comes out; nothing is kept on a module. All of it is float32 (float64 for float64 inputs), also under autocast.
+One operator in three modes that agree: `recurrent` goes step by step, `parallel` computes all steps at once, and
+`chunkwise` carries a state from chunk to chunk and is parallel inside each. The state is a value that goes in and
+comes out; no module keeps it. Everything runs in float32 (float64 for float64 inputs), also under autocast.
+
+The modes are the plain reference for `hear_encoders.nn.axlstm_offline` and `axlstm_online`.
 
 Letters in shape comments: B sequences, H heads, S steps, D channels of a head.
 
 With F = cumsum(log f), the weight of step s in the output at step t is exp(F_t - F_s + log i_s), for s <= t,
-over a stabiliser exp(m_t). Writing g_s = log i_s - F_s, its logarithm is g_s - max(g_1..g_t): F_t cancels.
+divided by a stabilizer exp(m_t). Writing g_s = log i_s - F_s, its logarithm is g_s - max(g_1..g_t): F_t cancels.
 """
 
 from __future__ import annotations
@@ -23,22 +25,29 @@ MLSTMMode = Literal["parallel", "chunkwise", "recurrent"]
 NORMALIZER_EPS = 1e-6
 DEFAULT_CHUNK = 64
 
-# Weights are relative to the largest one. Those below exp(floor) cannot be seen in the result; made exactly
-# zero they keep denormal numbers, which slow a CPU's matmuls many times over, from arising.
+# Weights are relative to the largest. Those below exp(floor) cannot be seen in the result. They become zero,
+# because denormal numbers slow a CPU's matmuls many times over.
 LOG_WEIGHT_FLOOR = {torch.float32: -40.0, torch.float64: -80.0}
-# exp(-m) bounds the normaliser from below. Past this it only has to stay finite, so that gradients do.
+# exp(-m) bounds the normalizer from below. Past this ceiling it only has to stay finite, so that gradients do.
 _LOG_BOUND_CEILING = {torch.float32: 60.0, torch.float64: 600.0}
 
 
 class MLSTMState(NamedTuple):
-    """What the cell remembers, stabilised: the true memory is exp(m) * C, the true normaliser exp(m) * n."""
+    """The cell's state, stabilized: the true memory is exp(m) * C, the true normalizer exp(m) * n."""
 
     C: Tensor  # (B, H, D, D) memory, keys x values
-    n: Tensor  # (B, H, D) normaliser
-    m: Tensor  # (B, H) log of the stabiliser; -inf before the first step
+    n: Tensor  # (B, H, D) normalizer
+    m: Tensor  # (B, H) log of the stabilizer; -inf before the first step
 
 
-def initial_state(batch: int, heads: int, head_dim: int, *, dtype=torch.float32, device=None) -> MLSTMState:
+def initial_state(
+    batch: int,
+    heads: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> MLSTMState:
     """Return the state before the first step."""
     return MLSTMState(
         C=torch.zeros(batch, heads, head_dim, head_dim, dtype=dtype, device=device),
@@ -63,17 +72,16 @@ def mlstm(
 
     Args:
         q, k, v: (B, H, S, D) queries, keys, values; any floating dtype.
-        log_i: (B, H, S) logarithm of the input gate: its pre-activation (exponential gate) or the
-            log-sigmoid of it (sigmoid gate).
+        log_i: (B, H, S) logarithm of the input gate: its pre-activation (exponential gate), or the log-sigmoid of
+            that (sigmoid gate).
         log_f: (B, H, S) logarithm of the forget gate: the log-sigmoid of its pre-activation.
         state: the state before the first step; None is the initial state.
-        mode: "parallel" needs memory S x S, "chunkwise" S x chunk_size, "recurrent" none of them.
-        chunk_size: steps that "chunkwise" makes at once; the result does not depend on it.
-        want_state: False saves the work of the state after the last step, where nothing follows it.
+        mode: "parallel" needs S x S memory, "chunkwise" S x chunk_size, "recurrent" neither.
+        chunk_size: steps per chunk in "chunkwise" mode; it does not change the result.
+        want_state: False skips computing the state after the last step.
 
     Returns:
-        h (B, H, S, D) and the state after the last step (None if not wanted), both float32 (float64 if q is
-        float64).
+        h (B, H, S, D) and the state after the last step (None if not wanted), float32 (float64 if q is float64).
 
     Raises:
         ValueError: unknown mode, chunk_size below 1, or an empty sequence.
@@ -89,11 +97,11 @@ def mlstm(
         if mode == "chunkwise":
             if chunk_size < 1:
                 raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-            # Split, not sliced: a slice's gradient is a tensor of zeros as large as the whole, one for each chunk.
+            # Split instead of slice: each slice's gradient would be a tensor of zeros as large as the whole.
             chunks = list(zip(*(x.split(chunk_size, dim=2) for x in (q, k, v, log_i, log_f))))
             outputs = []
-            for index, chunk in enumerate(chunks):
-                h, state = _chunk(*chunk, state, want_state or index + 1 < len(chunks))
+            for index, (q_c, k_c, v_c, log_i_c, log_f_c) in enumerate(chunks):
+                h, state = _chunk(q_c, k_c, v_c, log_i_c, log_f_c, state, want_state or index + 1 < len(chunks))
                 outputs.append(h)
             return torch.cat(outputs, dim=2), state
         if mode == "recurrent":
@@ -108,7 +116,7 @@ def mlstm(
 def mlstm_step(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState | None = None
 ) -> tuple[Tensor, MLSTMState]:
-    """Make one step of the mLSTM cell: time and memory do not depend on what came before.
+    """Run one step of the mLSTM cell. Its time and memory do not depend on the number of steps before.
 
     Args:
         q, k, v: (B, H, D); log_i, log_f: (B, H), as in `mlstm`.
@@ -135,8 +143,8 @@ def mlstm_step(
 def _chunk(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState | None, want_state: bool
 ) -> tuple[Tensor, MLSTMState | None]:
-    """All steps of one chunk at once, from the state before it to the state after it."""
-    # Differences of running sums lose digits where the sums are large; the sums are small, so widen them.
+    """Run all steps of one chunk at once, from the state before it to the state after it."""
+    # Differences of large running sums lose digits. These tensors are small, so they can be wide.
     wide = torch.float32 if q.device.type == "mps" else torch.float64  # MPS has no float64
     length = q.shape[2]
     k = k * k.shape[-1] ** -0.5
@@ -172,11 +180,11 @@ def _chunk(
 
 
 def _exp_weight(log_weight: Tensor) -> Tensor:
-    """exp of a relative log weight (at most 0), exactly zero below the floor."""
+    """Return exp of a relative log weight (at most 0), and exactly zero below the floor."""
     return F.threshold(log_weight, LOG_WEIGHT_FLOOR[log_weight.dtype], -torch.inf).exp()
 
 
 def _normalize(numerator: Tensor, normalizer: Tensor, m: Tensor) -> Tensor:
-    """numerator / (max(|normalizer|, exp(-m)) + eps): (..., D), (...), (...) -> (..., D)."""
+    """Return numerator / (max(|normalizer|, exp(-m)) + eps): (..., D), (...), (...) -> (..., D)."""
     bound = (-m).clamp(max=_LOG_BOUND_CEILING[m.dtype]).exp()
     return numerator / (torch.maximum(normalizer.abs(), bound) + NORMALIZER_EPS)[..., None]

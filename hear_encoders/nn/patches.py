@@ -1,6 +1,6 @@
-"""Patches of a log-mel chunk, their positions, and what every encoder here has in common.
+"""Patches of a log-mel segment, their positions, and the base class of all encoders.
 
-Letters in shape comments: B clips or chunks, T time steps, R rows of bands, N = T * R patches,
+Letters in shape comments: B segments, T time steps, R rows of bands, N = T * R patches,
 P values in a patch, D channels of a token.
 """
 
@@ -19,7 +19,7 @@ def patchify(logmel: Tensor, patches: PatchConfig) -> Tensor:
         logmel: (B, frames, bands), frames a multiple of `patches.patch_frames`.
 
     Returns:
-        (B, N, P), the values of a patch frame by frame.
+        (B, N, P), each patch's values frame by frame.
     """
     batch, frames, bands = logmel.shape
     steps, rest = divmod(frames, patches.patch_frames)
@@ -33,7 +33,7 @@ def patchify(logmel: Tensor, patches: PatchConfig) -> Tensor:
 
 
 def unpatchify(values: Tensor, patches: PatchConfig) -> Tensor:
-    """Inverse of `patchify`: (B, N, P) -> (B, frames, bands)."""
+    """Undo `patchify`: (B, N, P) -> (B, frames, bands)."""
     batch, tokens, _ = values.shape
     steps = tokens // patches.rows
     grid = values.reshape(batch, steps, patches.rows, patches.patch_frames, patches.patch_bands)
@@ -41,14 +41,14 @@ def unpatchify(values: Tensor, patches: PatchConfig) -> Tensor:
 
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
-    """Sines then cosines of `positions` at `dim / 2` frequencies 10000^(-2j/dim): (positions, dim) float64."""
+    """Return sines, then cosines of `positions` at `dim / 2` frequencies 10000^(-2j/dim): (positions, dim) float64."""
     frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim / 2))
     angles = positions.to(torch.float64)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def sincos_2d(patches: PatchConfig, dim: int) -> Tensor:
-    """Fixed position table of one chunk, as in MAE: (N, dim) float32.
+    """Return the fixed position table of one segment, as in MAE: (N, dim) float32.
 
     The first half of the channels encodes the row (bands), the second half the step (time).
     """
@@ -60,9 +60,11 @@ def sincos_2d(patches: PatchConfig, dim: int) -> Tensor:
 class PatchEncoder(nn.Module):
     """Base of the encoders: log-mel patches become tokens, a cls token goes in front, blocks follow.
 
-    Subclasses set `blocks` and `norm` and implement `encode`. Pretraining calls `embed` and `encode`
-    separately, to mask in between; inference calls the module.
+    Subclasses set `blocks` and `norm` and implement `encode`. Pretraining calls `embed` and `encode` separately and
+    masks in between; inference calls the module.
     """
+
+    position_table: Tensor
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -74,12 +76,12 @@ class PatchEncoder(nn.Module):
     def embed(self, logmel: Tensor) -> Tensor:
         """Project the patches and add their positions: (B, frames, bands) -> (B, N, D).
 
-        Fewer frames than a full chunk are the chunk's beginning; more are an error.
+        Fewer frames than a full segment are the segment's beginning; more are an error.
         """
         patches = patchify(logmel, self.config.patches)
         if patches.shape[1] > self.config.patches.patches:
             raise ValueError(
-                f"expected at most {self.config.patches.chunk_frames} frames (one chunk), got {logmel.shape[1]}"
+                f"expected at most {self.config.patches.chunk_frames} frames (one segment), got {logmel.shape[1]}"
             )
         return self.patch_projection(patches) + self.position_table[: patches.shape[1]]
 
@@ -92,11 +94,11 @@ class PatchEncoder(nn.Module):
         """Run the blocks and the final norm: (B, N, D) -> (B, 1 + N, D), the cls token first.
 
         Args:
-            positions: (B, N) patch index of each token where not all patches of the chunk are present in
-                order. None: token i is patch i.
+            positions: (B, N) patch index of each token, if not all patches are there in order. None: token i is
+                patch i.
         """
         raise NotImplementedError
 
     def forward(self, logmel: Tensor) -> Tensor:
-        """Encode normalised log-mel chunks: (B, frames, bands) -> (B, N, D), without the cls token."""
+        """Encode normalized log-mel segments: (B, frames, bands) -> (B, N, D), without the cls token."""
         return self.encode(self.embed(logmel))[:, 1:]

@@ -1,7 +1,7 @@
 """Transformer encoders: transformer++ blocks (AudioMAE++) and plain blocks (MAE, SSAST).
 
 Read top to bottom: rotary positions, attention, feed-forward layers, blocks, encoder.
-Letters in shape comments: B chunks, S tokens of the sequence (cls first), H heads, D channels of a token.
+Letters in shape comments: B segments, S tokens of the sequence (cls first), H heads, D channels of a token.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ NORM_EPS = 1e-6
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Widen half precision; leave float32 and float64 as they are. Norms and gates never run in half."""
+    """Widen half precision; leave float32 and float64 alone. Norms and gates never run in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class SequenceRotary(nn.Module):
-    """Angles by the place in the sequence the block sees, cls at 0, as the released code has it.
+    """Angles by place in the sequence that the block sees, cls at 0, as in the released code.
 
-    The frequencies belong to the checkpoint: released ones store them in every block.
+    The frequencies are part of the checkpoint, because released checkpoints store them in every block.
     """
+
+    frequencies: Tensor
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -36,11 +38,13 @@ class SequenceRotary(nn.Module):
 
 
 class PatchRotary(nn.Module):
-    """Angles by the true row and step of each patch, whatever order or subset is present.
+    """Angles by each patch's true row and step, in any order and for any subset.
 
-    Mirrors the sin-cos table: the first half of the channel pairs turns by row, the second half by step.
-    Rows and steps count from 1, so that the cls token, at 0, is not turned.
+    As in the sin-cos table, the first half of the channel pairs turns by row and the second half by step. Rows and
+    steps count from 1, so that the cls token, at 0, does not turn.
     """
+
+    frequencies: Tensor
 
     def __init__(self, head_dim: int, rows: int) -> None:
         super().__init__()
@@ -57,7 +61,7 @@ class PatchRotary(nn.Module):
 
 
 def rotary_frequencies(pairs: int) -> Tensor:
-    """Frequencies 10000^(-j/pairs) of j = 0..pairs-1, float32."""
+    """Return frequencies 10000^(-j/pairs) for j = 0..pairs-1, float32."""
     return (10000.0 ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)).float()
 
 
@@ -118,7 +122,7 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The product is widened before it is made: in float16 it may exceed the range.
+        # Widened before the product, which may exceed the range of float16.
         hidden = F.silu(at_least_float32(self.gate(x))) * at_least_float32(self.value(x))
         return self.out(self.norm(hidden))
 
@@ -159,7 +163,7 @@ class TransformerPlusPlusBlock(nn.Module):
 
 
 class TransformerEncoder(PatchEncoder):
-    """Encoder of AudioMAE++, MAE or SSAST: see `PatchEncoder` for what goes in and out."""
+    """The encoder of AudioMAE++, MAE or SSAST; see `PatchEncoder` for its input and output."""
 
     config: TransformerConfig
 
@@ -177,14 +181,14 @@ class TransformerEncoder(PatchEncoder):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the reference does: xavier-uniform linears, zero biases, cls normal with std 0.02."""
+        """Initialize as the released code does: xavier-uniform linears, zero biases, cls normal with std 0.02."""
         initialize_transformer(self)
         nn.init.normal_(self.cls_token, std=0.02)
 
 
 @torch.no_grad()
 def initialize_transformer(module: nn.Module) -> None:
-    """Make all linears of a module xavier-uniform with zero bias, and its norms the identity."""
+    """Initialize all linears of a module xavier-uniform with zero bias, and its norms as the identity."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
