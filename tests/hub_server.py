@@ -72,7 +72,7 @@ class HubServer:
     Attributes:
         requests: every request so far, in order.
         before_answer: called with each request before it is answered, for what happens meanwhile on the Hub.
-        honours_ranges: False makes the server send whole files to whoever asks for a part.
+        supports_ranges: False makes the server send whole files to whoever asks for a part.
         misreported_commit: sent instead of the true X-Repo-Commit, as a broken mirror might.
         card_errors: what it finds wrong with the metadata of every model card.
     """
@@ -80,7 +80,7 @@ class HubServer:
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.before_answer: Callable[[Request], None] | None = None
-        self.honours_ranges = True
+        self.supports_ranges = True
         self.misreported_commit: str | None = None
         self.card_errors: list[str] = []
         self._repos: dict[str, _Repo] = {}
@@ -323,7 +323,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = hub.answer(Request(self.command, self.path, headers, self.server.storage, self._body(headers)))
         status, body, start = answer.status, answer.body, 0
         wanted = re.fullmatch(r"bytes=(\d+)-", headers.get("range", ""))
-        if wanted and status == 200 and hub.honours_ranges:
+        if wanted and status == 200 and hub.supports_ranges:
             start = int(wanted[1])
             if start >= len(body):
                 status, answer.headers, body = 416, {"Content-Range": f"bytes */{len(body)}"}, b""

@@ -1,61 +1,30 @@
-"""Fetching checkpoints, against a stand-in for the Hub on loopback; nothing here leaves the machine.
-
-huggingface_hub reads its settings from the environment when it is imported, so each fetch is a process of its own.
-It gets only hub.py, not the package around it: importing torch once per fetch would take longer than the tests.
-"""
+"""Fetching checkpoints from a stand-in for the Hub on loopback; nothing here leaves the machine."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hub_client
 import pytest
-
-pytest.importorskip("huggingface_hub")
-
-sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import TOKEN, HubServer, Request
 
-HUB_PY = Path(importlib.util.find_spec("hear_encoders").submodule_search_locations[0]) / "hub.py"
 REPO = "org/name"
 CONFIG = b'{"family": "audiomaepp"}'
 WEIGHTS = bytes(range(256)) * 400
-LONG_WEIGHTS = bytes(range(256)) * (24 << 12)  # the client keeps what it has got in steps of 10 MiB
+LONG_WEIGHTS = bytes(range(256)) * (24 << 12)  # 24 MiB: the client writes in steps of 10 MiB
 CUT = 15 << 20
 FILES = {"config.json": CONFIG, "model.safetensors": WEIGHTS}
-
-CLIENT = """
-import json, runpy, sys, time
-sleep = time.sleep
-time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the library waits between its retries, half a minute in all
-hub_py, repo_id, revision = json.loads(sys.argv[1])
-fetch_checkpoint = runpy.run_path(hub_py)["fetch_checkpoint"]
-assert "huggingface_hub" not in sys.modules
-try:
-    outcome = {"path": str(fetch_checkpoint(repo_id, revision))}
-except Exception as err:
-    outcome = {
-        "error": type(err).__qualname__ if type(err).__module__ == "builtins" else repr(type(err)),
-        "message": str(err),
-        "cause": type(err.__cause__).__qualname__,
-    }
-print(json.dumps(outcome))
-"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one fetch_checkpoint call did: `path`, or the error's type, message and the type of its cause."""
+    """Result of a fetch_checkpoint call: the path, or the error's type, its message and its cause's type."""
 
-    path: Path | None = None
+    result: Path | None = None
     error: str | None = None
     message: str = ""
     cause: str = ""
@@ -77,25 +46,18 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fetch(hub: HubServer, home: Path) -> Fetch:
-    """Run fetch_checkpoint in a new process that knows only this test's server and cache."""
+    """Call fetch_checkpoint in a new process that knows only this test's server and cache."""
 
     def run(repo_id: str = REPO, revision: str | None = None, **settings: str) -> Outcome:
-        leaks = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_")
-        env = {name: value for name, value in os.environ.items() if not name.startswith(leaks)}
-        env = {name: value for name, value in env.items() if not name.lower().endswith("_proxy")}
-        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        argument = json.dumps([str(HUB_PY), repo_id, revision])
-        command = [sys.executable, "-c", CLIENT, argument]
-        output = subprocess.run(command, env=env | settings, stdout=subprocess.PIPE, check=True, timeout=60).stdout
-        outcome = json.loads(output.splitlines()[-1])
-        return Outcome(**outcome | ({"path": Path(outcome["path"])} if "path" in outcome else {}))
+        settings = {"endpoint": hub.url, **settings}
+        return Outcome(**hub_client.call(hub_client.fetch, repo_id, revision, home=home, **settings))
 
     return run
 
 
 @pytest.fixture
 def closed_url() -> str:
-    """An endpoint at which nothing listens."""
+    """Return a URL on which nothing listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -103,12 +65,12 @@ def closed_url() -> str:
 
 def assert_fetched(outcome: Outcome, commit: str, files: dict[str, bytes] = FILES) -> None:
     assert outcome.error is None, f"{outcome.error}: {outcome.message}"
-    assert outcome.path.name == commit
-    assert {file.name: file.read_bytes() for file in outcome.path.iterdir()} == files
+    assert outcome.result.name == commit
+    assert {file.name: file.read_bytes() for file in outcome.result.iterdir()} == files
 
 
 def assert_refused(outcome: Outcome, error: str, *parts: str) -> None:
-    """The error is exactly this built-in, says all of `parts`, and is chained to the library's own."""
+    """Assert that the error is exactly this built-in, its message has all `parts`, and it is chained to its cause."""
     assert outcome.error == error, f"{outcome.error}: {outcome.message}"
     for part in parts:
         assert part in outcome.message
@@ -119,10 +81,10 @@ def files_in_snapshots(home: Path, name: str) -> list[Path]:
     return list(home.glob(f"hub/*/snapshots/*/{name}"))
 
 
-def log(hub: HubServer) -> list[tuple[str, str]]:
-    """Who was asked for what, as (method, file name); storage requests have method "GET storage".
+def file_requests(hub: HubServer) -> list[tuple[str, str]]:
+    """Return the requests for files as (method, file name); those to the storage server have "GET storage".
 
-    Leaves out what newer clients ask for their telemetry before a download (see also HF_HUB_DISABLE_TELEMETRY).
+    Leave out the requests for telemetry that newer clients make before a download.
     """
     return [
         (request.method + " storage" * request.storage, request.path.partition("?")[0].rpartition("/")[2])
@@ -135,8 +97,8 @@ def test_downloads_both_files_and_follows_the_redirect_to_storage(hub: HubServer
     commit = hub.commit(REPO, FILES)
     outcome = fetch()
     assert_fetched(outcome, commit)
-    assert outcome.path.is_relative_to(home)
-    assert log(hub) == [
+    assert outcome.result.is_relative_to(home)
+    assert file_requests(hub) == [
         ("HEAD", "config.json"),
         ("GET", "config.json"),
         ("HEAD", "model.safetensors"),
@@ -148,10 +110,10 @@ def test_second_fetch_makes_no_request(hub: HubServer, fetch: Fetch) -> None:
     commit = hub.commit(REPO, FILES)
     first = fetch()
     hub.requests.clear()
-    hub.commit(REPO, {**FILES, "config.json": b"{}"})  # not even to see whether the branch has moved
+    hub.commit(REPO, {**FILES, "config.json": b"{}"})  # moves the branch, which is not looked up
     second = fetch()
     assert_fetched(second, commit)
-    assert second.path == first.path
+    assert second.result == first.result
     assert hub.requests == []
 
 
@@ -165,11 +127,11 @@ def test_revision_is_a_branch_a_commit_or_a_pull_request(hub: HubServer, fetch: 
     assert_fetched(fetch(revision="refs/pr/1"), side, {**FILES, "config.json": b"{}"})
     hub.requests.clear()
     for revision, commit in ((old, old), ("main", new), (None, new), ("refs/pr/1", side)):
-        assert fetch(revision=revision).path.name == commit
+        assert fetch(revision=revision).result.name == commit
     assert hub.requests == []
 
 
-def test_weights_come_from_the_commit_of_the_config_though_the_branch_moves(hub: HubServer, fetch: Fetch) -> None:
+def test_weights_come_from_the_same_commit_as_the_config_if_the_branch_moves(hub: HubServer, fetch: Fetch) -> None:
     old = hub.commit(REPO, FILES)
 
     def move_branch(request: Request) -> None:
@@ -182,15 +144,15 @@ def test_weights_come_from_the_commit_of_the_config_though_the_branch_moves(hub:
     assert f"/{REPO}/resolve/{old}/model.safetensors" in [request.path for request in hub.requests]
 
 
-def test_cached_config_without_weights_never_meets_weights_of_another_commit(hub: HubServer, fetch: Fetch) -> None:
+def test_a_cached_config_is_not_combined_with_weights_of_another_commit(hub: HubServer, fetch: Fetch) -> None:
     hub.commit(REPO, {"config.json": CONFIG})
     assert_refused(fetch(), "FileNotFoundError", "model.safetensors")
     new_files = {"config.json": b"{}", "model.safetensors": WEIGHTS[::-1]}
-    new = hub.commit(REPO, new_files)  # the author adds what was missing: the cached config must not stand in the way
+    new = hub.commit(REPO, new_files)  # the author adds the weights
     assert_fetched(fetch(), new, new_files)
 
 
-def test_answer_of_another_commit_is_refused(hub: HubServer, fetch: Fetch) -> None:
+def test_a_file_of_another_commit_is_refused(hub: HubServer, fetch: Fetch) -> None:
     commit = hub.commit(REPO, FILES)
 
     def misreport(request: Request) -> None:
@@ -206,9 +168,9 @@ def test_unknown_repository(hub: HubServer, fetch: Fetch) -> None:
     assert_refused(
         fetch("org/typo", HF_TOKEN=TOKEN), "FileNotFoundError", "'org/typo'", "no such repository", "no such local path"
     )
-    # To a stranger the Hub says 401 for what does not exist, as it does for what is private.
+    # Without a token the Hub answers 401 for missing repositories, as it does for private ones.
     assert_refused(fetch("org/typo"), "PermissionError", "'org/typo'", "may not exist", "no such local path")
-    hub.fail("config.json", 404)  # as a mirror may say it, without the Hub's error code
+    hub.fail("config.json", 404)  # as a mirror may answer, without the Hub's error code
     assert_refused(fetch("org/typo"), "FileNotFoundError", "'org/typo'", "no such repository or file")
 
 
@@ -245,7 +207,7 @@ def test_private_repository_needs_the_token(hub: HubServer, fetch: Fetch) -> Non
     assert_refused(fetch(HF_TOKEN="hf_wrong"), "PermissionError", f"'{REPO}'", "401", "HF_TOKEN")
     hub.requests.clear()
     assert_fetched(fetch(HF_TOKEN=TOKEN), commit)
-    # The token opens the Hub; the storage server, another origin, must not see it.
+    # The token is for the Hub; the storage server, on another host, must not see it.
     assert {request.headers.get("authorization") for request in hub.requests if request.storage} == {None}
 
 
@@ -261,7 +223,7 @@ def test_server_error(hub: HubServer, fetch: Fetch) -> None:
     hub.fail("config.json", 500)
     assert_refused(fetch(), "ConnectionError", "500", "config.json", f"'{REPO}'", "default branch", "again")
     hub.mend()
-    hub.fail("model.safetensors", 503, method="GET")  # found, but the storage server does not hand it out
+    hub.fail("model.safetensors", 503, method="GET")  # the look-up succeeds, the storage server fails
     assert_refused(fetch(), "ConnectionError", "503", "model.safetensors", f"'{REPO}'", commit)
     hub.mend()
     assert_fetched(fetch(), commit)
@@ -286,7 +248,7 @@ def test_body_cut_once_is_completed(hub: HubServer, fetch: Fetch) -> None:
     commit = hub.commit(REPO, files)
     hub.cut("model.safetensors", at=CUT, times=1)
     first = fetch()
-    if first.error is not None:  # huggingface_hub 0.x gives up and resumes in the next call, later ones at once
+    if first.error is not None:  # huggingface_hub 0.x resumes in the next call, later versions at once
         assert_refused(first, "ConnectionError", "model.safetensors")
         first = fetch()
     assert_fetched(first, commit, files)
@@ -294,20 +256,20 @@ def test_body_cut_once_is_completed(hub: HubServer, fetch: Fetch) -> None:
     assert len(ranges) == 1 and 0 < int(ranges[0].removeprefix("bytes=").removesuffix("-")) <= CUT
 
 
-def test_resumption_that_the_server_answers_with_the_whole_file(hub: HubServer, fetch: Fetch, home: Path) -> None:
+def test_server_that_answers_a_range_request_with_the_whole_file(hub: HubServer, fetch: Fetch, home: Path) -> None:
     files = {**FILES, "model.safetensors": LONG_WEIGHTS}
     commit = hub.commit(REPO, files)
-    hub.honours_ranges = False
+    hub.supports_ranges = False
     hub.cut("model.safetensors", at=CUT, times=1)
     for _ in range(3):
         outcome = fetch()
         if outcome.error is not None:
             assert_refused(outcome, "ConnectionError", "model.safetensors")
             assert files_in_snapshots(home, "model.safetensors") == []
-    if outcome.error is not None:  # huggingface_hub 0.30 to 1.0 appends the whole to the part, and never recovers
+    if outcome.error is not None:  # huggingface_hub 0.30 to 1.0 appends the file to its part and never recovers
         partial = home / "hub" / "models--org--name" / "blobs" / "*.incomplete"
         assert f"delete {partial}" in outcome.message
-        hub.honours_ranges = True  # now there is nothing left to send: HTTP 416
+        hub.supports_ranges = True  # the partial file is too long: HTTP 416
         assert_refused(fetch(), "ConnectionError", "model.safetensors", "416", f"delete {partial}")
         for file in partial.parent.glob(partial.name):
             file.unlink()
@@ -315,7 +277,7 @@ def test_resumption_that_the_server_answers_with_the_whole_file(hub: HubServer, 
     assert_fetched(outcome, commit, files)
 
 
-def test_offline_mode_reads_the_cache_and_nothing_else(hub: HubServer, fetch: Fetch, home: Path) -> None:
+def test_offline_mode_reads_only_the_cache(hub: HubServer, fetch: Fetch, home: Path) -> None:
     commit = hub.commit(REPO, FILES)
     for revision in (None, commit):
         assert_refused(
@@ -338,7 +300,7 @@ def test_offline_mode_reads_the_cache_and_nothing_else(hub: HubServer, fetch: Fe
 def test_unreachable_hub(hub: HubServer, fetch: Fetch, closed_url: str) -> None:
     commit = hub.commit(REPO, FILES)
     assert_refused(
-        fetch(HF_ENDPOINT=closed_url),
+        fetch(endpoint=closed_url),
         "FileNotFoundError",
         "config.json",
         f"'{REPO}'",
@@ -347,7 +309,7 @@ def test_unreachable_hub(hub: HubServer, fetch: Fetch, closed_url: str) -> None:
         closed_url,
     )
     fetch()
-    assert_fetched(fetch(HF_ENDPOINT=closed_url), commit)
+    assert_fetched(fetch(endpoint=closed_url), commit)
 
 
 def test_login_page_instead_of_the_hub(hub: HubServer, fetch: Fetch) -> None:

@@ -1,81 +1,33 @@
-"""Publishing checkpoints with `hear-weights push`, against a stand-in for the Hub on loopback.
-
-huggingface_hub reads its settings from the environment when it is imported, so each client is a process of its own.
-What needs no command gets only hub.py, as in test_hub.py: importing torch takes longer than the rest.
-"""
+"""Publishing checkpoints with `hear-weights push` on a stand-in for the Hub on loopback."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hub_client
 import pytest
 import torch
-
-pytest.importorskip("huggingface_hub")
-
-sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import TOKEN, HubServer
 
 import hear_axlstm
 from hear_encoders import AxLSTMConfig, build_encoder, save_checkpoint
 
-PACKAGE = Path(importlib.util.find_spec("hear_encoders").submodule_search_locations[0])
 REPO = "org/name"
 CARD = "---\nlicense: apache-2.0\n---\n# A small AxLSTM\n\nEmbeds 2 s of sound, in 40 ms steps: größer is not better.\n"
-
-BEGIN = """
-import contextlib, io, json, pathlib, runpy, sys, time
-sleep = time.sleep
-time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the library waits between its retries
-argument = json.loads(sys.argv[1])
-"""
-COMMAND = """
-from hear_encoders.cli.weights import main as weights_main
-result = []
-for words in argument:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            code = weights_main(words)
-        except SystemExit as end:  # argparse
-            code = end.code
-    result.append({"code": code, "out": out.getvalue(), "err": err.getvalue()})
-print(json.dumps(result))
-"""
-PUSH_FILES = """
-hub_py, repo_id, paths, private = argument
-files = {name: pathlib.Path(path) for name, path in paths.items()}
-push_files = runpy.run_path(hub_py)["push_files"]
-assert "huggingface_hub" not in sys.modules
-try:
-    result = {"commit": push_files(repo_id, files, "a message", private=private)}
-except Exception as err:
-    builtin = type(err).__module__ == "builtins"
-    result = {"error": type(err).__qualname__ if builtin else repr(type(err)), "message": str(err)}
-print(json.dumps(result))
-"""
-LOAD = """
-import torch, hear_axlstm
-model = hear_axlstm.load_model(argument)
-print(json.dumps(hear_axlstm.get_scene_embeddings(torch.linspace(-1, 1, 16000)[None], model).tolist()))
-"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended and what it printed."""
+    """A command's exit code and output."""
 
     code: int
     out: str
@@ -94,51 +46,44 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture
 def client(hub: HubServer, tmp_path: Path) -> Client:
-    """Run a program in a new process that knows only this test's server; what it prints as JSON."""
+    """Call a function of hub_client in a new process that knows only this test's server."""
 
-    def run(program: str, argument: Any, home: str = "hf_home", token: str | None = TOKEN, **settings: str) -> Any:
-        leaks = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_")
-        env = {name: value for name, value in os.environ.items() if not name.startswith(leaks)}
-        env = {name: value for name, value in env.items() if not name.lower().endswith("_proxy")}
-        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / home), "OMP_NUM_THREADS": "1"}
-        env |= {
-            name: "1" for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS")
-        }
-        env |= {"PYTHONPATH": str(PACKAGE.parent)} | ({} if token is None else {"HF_TOKEN": token})
-        command = [sys.executable, "-c", BEGIN + program, json.dumps(argument)]
-        process = subprocess.run(command, env=env | settings, stdout=subprocess.PIPE, cwd=tmp_path, timeout=120)
-        assert process.returncode == 0
-        return json.loads(process.stdout.splitlines()[-1])
+    def run(
+        function: Callable[..., Any], *arguments: Any, home: str = "hf_home", token: str | None = TOKEN, **settings: str
+    ) -> Any:
+        names = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS")
+        settings = {"endpoint": hub.url, **dict.fromkeys(names, "1"), **settings}
+        settings |= {} if token is None else {"HF_TOKEN": token}
+        return hub_client.call(function, *arguments, home=tmp_path / home, **settings)
 
     return run
 
 
 @pytest.fixture
-def push(client: Client) -> Push:
-    """Run `hear-weights push` with each of the given lists of words, one after the other."""
+def push(client: Client, tmp_path: Path) -> Push:
+    """Run `hear-weights push` with each of the given lists of arguments, one after the other."""
 
     def run(*commands: list[object], **settings: Any) -> list[Outcome]:
-        words = [["push", *(str(word) for word in command)] for command in commands]
-        return [Outcome(**outcome) for outcome in client(COMMAND, words, **settings)]
+        arguments = [["push", *(str(argument) for argument in command)] for command in commands]
+        outcomes = client(hub_client.run_weights, arguments, tmp_path, **settings)
+        return [Outcome(**outcome) for outcome in outcomes]
 
     return run
 
 
 @pytest.fixture
 def push_files(client: Client, tmp_path: Path) -> Client:
-    """Call `hub.push_files` with three small files: the commit, or the error's type and message."""
+    """Call `hub.push_files` with three small files; return its result, or the error's type and message."""
     files = {"config.json": b"{}", "model.safetensors": b"weights", "README.md": CARD.encode()}
-    for name, body in files.items():
-        (tmp_path / name).write_bytes(body)
-    paths = {name: str(tmp_path / name) for name in files}
-    return lambda repo_id=REPO, private=False, **settings: client(
-        PUSH_FILES, [str(PACKAGE / "hub.py"), repo_id, paths, private], **settings
-    )
+    paths = {name: tmp_path / name for name in files}
+    for name, path in paths.items():
+        path.write_bytes(files[name])
+    return lambda repo_id=REPO, private=False, **settings: client(hub_client.push, repo_id, paths, private, **settings)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint with a card, and with other files that are nobody's business."""
+    """A checkpoint with a model card, and a file that must not be published."""
     return make_checkpoint(tmp_path / "weights", seed=1)
 
 
@@ -169,17 +114,17 @@ def test_pushed_checkpoint_loads_from_the_hub_as_from_its_folder(hub, client, pu
     (outcome,) = push([folder, REPO, "--yes", "--message", "first weights"])
     assert outcome.code == 0, outcome.err
     assert not hub.is_private(REPO)
-    _empty, (commit, message, files) = hub.history(REPO)  # the Hub makes a repository with a commit of its own
+    _empty, (commit, message, files) = hub.history(REPO)  # the Hub creates a repository with a first commit
     assert files.keys() - contents(folder).keys() == {".gitattributes"}
     assert files.items() >= contents(folder).items()
     assert message == "first weights"
     assert f"{hub.url}/{REPO}/commit/{commit}" in outcome.out
     assert re.search(rf"^commit +{commit}$", outcome.out, re.MULTILINE)
-    assert client(LOAD, REPO, token=None) == embeddings(folder)
+    assert client(hub_client.embed, REPO, token=None) == embeddings(folder)
 
 
-def test_the_token_and_the_weights_go_where_they_belong(hub, push_files) -> None:
-    assert "commit" in push_files()
+def test_weights_go_to_storage_without_the_token(hub, push_files) -> None:
+    assert "result" in push_files()
     (upload,) = [request for request in hub.requests if request.storage]
     assert (upload.method, upload.body) == ("PUT", b"weights")
     assert "authorization" not in upload.headers
@@ -188,7 +133,7 @@ def test_the_token_and_the_weights_go_where_they_belong(hub, push_files) -> None
     assert [line["key"] for line in lines] == ["header", "file", "lfsFile", "file"]
 
 
-def test_second_push_makes_a_second_commit_and_keeps_what_else_is_there(hub, client, push, folder, tmp_path) -> None:
+def test_second_push_makes_a_second_commit_and_keeps_other_files(hub, client, push, folder, tmp_path) -> None:
     other = make_checkpoint(tmp_path / "other", seed=2)
     hub.commit(REPO, {"figure.png": b"png"})
     first, second, again = push(*([path, REPO, "--yes"] for path in (folder, other, other)))
@@ -197,18 +142,18 @@ def test_second_push_makes_a_second_commit_and_keeps_what_else_is_there(hub, cli
     assert old_files == {"figure.png": b"png", **contents(folder)}
     assert new_files == {"figure.png": b"png", **contents(other)}
     assert old in first.out and new in second.out
-    assert new in again.out  # nothing had changed: no commit is made, the one that holds it is named
-    assert client(LOAD, REPO, home="fresh") == embeddings(other) != embeddings(folder)
+    assert new in again.out  # unchanged: no commit is made, the earlier one is named
+    assert client(hub_client.embed, REPO, home="fresh") == embeddings(other) != embeddings(folder)
 
 
-def test_dry_run_shows_all_and_asks_the_hub_nothing(hub, push, folder, tmp_path) -> None:
+def test_dry_run_shows_everything_and_makes_no_request(hub, push, folder, tmp_path) -> None:
     card = tmp_path / "MODEL CARD.md"
     card.write_text("# Another card\n")
     plain, other, real = push(
         [folder, REPO], [folder, REPO, "--private", "--card", card], [folder, REPO, "--yes"], token=None
     )
     assert hub.requests == [] and hub.history(REPO) == []
-    assert real.code == 2  # so there is no token, and a dry run needs none
+    assert real.code == 2  # there is no token; the dry runs need none
     assert real.err.startswith("hear-weights: error: there is no token")
     assert (plain.code, plain.err, other.code, other.err) == (0, "", 0, "")
     assert REPO in plain.out and "private" not in plain.out
@@ -224,7 +169,7 @@ def test_dry_run_shows_all_and_asks_the_hub_nothing(hub, push, folder, tmp_path)
     assert other.out.splitlines()[-1] == f"hear-weights push --yes {folder} {REPO} --private --card '{card}'"
 
 
-def test_card_from_elsewhere_is_uploaded_as_readme_to_a_private_repository(hub, push, folder, tmp_path) -> None:
+def test_card_from_another_path_becomes_the_readme_of_a_private_repository(hub, push, folder, tmp_path) -> None:
     card = tmp_path / "MODEL_CARD.md"
     (folder / "README.md").rename(card)
     (outcome,) = push([folder, REPO, "--yes", "--private", "--card", card])
@@ -235,15 +180,15 @@ def test_card_from_elsewhere_is_uploaded_as_readme_to_a_private_repository(hub, 
     assert "MODEL_CARD.md" not in files
 
 
-def test_what_should_not_be_published_is_refused_before_any_request(hub, push, folder, tmp_path) -> None:
-    def spoilt(name: str) -> Path:
+def test_invalid_checkpoints_cards_and_names_are_refused_before_any_request(hub, push, folder, tmp_path) -> None:
+    def copy(name: str) -> Path:
         return shutil.copytree(folder, tmp_path / name)
 
-    (spoilt("truncated") / "model.safetensors").write_bytes(b"")
-    (spoilt("foreign") / "config.json").write_text('{"family": "resnet"}')
-    (spoilt("cardless") / "README.md").unlink()
-    (spoilt("blank") / "README.md").write_text(" \n")
-    (spoilt("binary") / "README.md").write_bytes(b"\xff\xfe")
+    (copy("truncated") / "model.safetensors").write_bytes(b"")
+    (copy("foreign") / "config.json").write_text('{"family": "resnet"}')
+    (copy("cardless") / "README.md").unlink()
+    (copy("blank") / "README.md").write_text(" \n")
+    (copy("binary") / "README.md").write_bytes(b"\xff\xfe")
     cases = {
         ("truncated", REPO): "model.safetensors",
         ("foreign", REPO): "config.json",
@@ -272,13 +217,13 @@ def test_without_a_token_nothing_is_uploaded(hub, push_files) -> None:
     assert hub.requests == []
 
 
-def test_token_is_sent_even_where_the_library_would_not_of_itself(hub, push_files) -> None:
-    assert "commit" in push_files(HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
+def test_token_is_sent_though_implicit_tokens_are_disabled(hub, push_files) -> None:
+    assert "result" in push_files(HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
 
 
-def test_token_that_may_not_write(hub, push_files) -> None:
+def test_token_without_write_access(hub, push_files) -> None:
     assert_refused(push_files(token="hf_wrong"), "PermissionError", f"'{REPO}'", "401", "HF_TOKEN", "hf auth login")
-    hub.fail("create", 403)  # as for an organisation of others
+    hub.fail("create", 403)  # as for a foreign organization
     assert_refused(push_files(), "PermissionError", f"'{REPO}'", "403", "HF_TOKEN", "hf auth login")
     assert hub.history(REPO) == []
 
@@ -289,20 +234,20 @@ def test_public_repository_is_not_pushed_to_as_private(hub, push_files) -> None:
     assert len(hub.history(REPO)) == 1
     assert not any(request.storage for request in hub.requests)
     hub.commit(REPO, {}, private=True)
-    assert "commit" in push_files(private=True)
+    assert "result" in push_files(private=True)
 
 
 @pytest.mark.parametrize(("what", "name", "method"), [("the look", "main", "POST"), ("the weights", "upload", "PUT")])
-def test_error_of_the_hub_leaves_no_commit(hub, push_files, what: str, name: str, method: str) -> None:
+def test_server_error_leaves_no_commit(hub, push_files, what: str, name: str, method: str) -> None:
     hub.fail(name, 503, method=method)
     assert_refused(push_files(), "ConnectionError", f"'{REPO}'", "503")
     assert len(hub.history(REPO)) == 1
     hub.mend()
-    url, commit = push_files()["commit"]
+    url, commit = push_files()["result"]
     assert commit == hub.history(REPO)[-1][0] and url.endswith(commit)
 
 
-def test_metadata_that_the_hub_refuses(hub, push_files) -> None:
+def test_card_metadata_that_the_hub_rejects(hub, push_files) -> None:
     hub.card_errors = ['"license" must be one of a list']
     outcome = push_files()
     assert outcome["error"] == "ValueError"
@@ -311,12 +256,12 @@ def test_metadata_that_the_hub_refuses(hub, push_files) -> None:
     assert not any(request.storage for request in hub.requests)
 
 
-def test_hub_that_is_not_there(hub, push_files) -> None:
+def test_unreachable_hub(hub, push_files) -> None:
     assert_refused(push_files(HF_HUB_OFFLINE="1"), "ConnectionError", f"'{REPO}'", "offline", "HF_HUB_OFFLINE")
     assert hub.requests == []
-    hub.fail("create", 200)  # such as the login page of a network
+    hub.fail("create", 200)  # such as a network's login page
     assert_refused(push_files(), "ConnectionError", hub.url, "HF_ENDPOINT")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    assert_refused(push_files(HF_ENDPOINT=closed), "ConnectionError", f"'{REPO}'", closed)
+    assert_refused(push_files(endpoint=closed), "ConnectionError", f"'{REPO}'", closed)
