@@ -1,7 +1,6 @@
-"""Reading and writing checkpoints: a directory with `config.json` and `model.safetensors`.
+"""Read and write checkpoints: directories with `config.json` and `model.safetensors`.
 
-Where a checkpoint comes from is resolved in one place, `resolve`: bundled with the package, a local path, or
-the Hugging Face Hub. Loading is strict and never unpickles.
+`resolve` finds one, in a local path or on the Hugging Face Hub. Loading is strict and never unpickles.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ _PICKLES = {".pth", ".pt", ".bin", ".ckpt"}
 
 
 def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Find the weights file of a checkpoint; its `config.json` lies beside it.
+    """Return a checkpoint's weights file; its `config.json` lies beside it.
 
     Args:
-        source: an existing directory, an existing `.safetensors` file, or a Hub repository "org/name". An
-            existing path comes before a repository of the same name.
-        revision: branch, tag or commit of the repository; None is its default branch.
+        source: an existing directory, an existing `.safetensors` file, or a Hub repository "org/name". An existing
+            path takes precedence over a repository of the same name.
+        revision: the repository's branch, tag or commit; None is its default branch.
 
     Returns:
-        Path of the `.safetensors` file. A repository is looked up in the local cache first; see
-        `hub.fetch_checkpoint` for the rest, and for the errors of the Hub.
+        The path of the `.safetensors` file. Repositories are fetched by `hub.fetch_checkpoint`, from the local cache if
+        possible; its errors pass through.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a file of another kind, or a revision given for a local path.
+        FileNotFoundError: no such path, and not a repository's name.
+        ValueError: the file is of another kind, or a revision was given for a local path.
     """
     path = Path(os.path.expanduser(source))
     if path.exists():
@@ -65,8 +64,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Encoder:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: either file is damaged or foreign, or they do not fit each other: a missing, extra or
-            misshaped tensor, an unknown or missing field. The message names the file and the field.
+        ValueError: a file is damaged or of another format, or the two do not match: a tensor is missing, extra or of
+            the wrong shape, a field is missing or unknown. The message names the file and the tensor or field.
     """
     weights = Path(path) / WEIGHTS_FILE if os.path.isdir(path) else Path(path)
     config = read_config(weights.parent / CONFIG_FILE)
@@ -74,15 +73,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Encoder:
 
 
 def encoder_from_tensors(config: EncoderConfig, tensors: dict[str, Tensor], source: str) -> Encoder:
-    """Build the encoder of a configuration around given tensors, which must be exactly its own.
+    """Build a config's encoder from exactly its tensors. Return it in eval mode, in float32.
 
     Args:
-        source: what to call the tensors' origin in error messages.
+        source: the tensors' origin, for error messages.
 
     Raises:
-        ValueError: a tensor is missing, extra, misshaped, not of floating point, or not finite.
+        ValueError: a tensor is missing, extra, of the wrong shape, not floating point, or not finite.
     """
-    with torch.device("meta"):  # no memory and no initialisation for weights that are replaced at once
+    with torch.device("meta"):  # no memory and no initialization for weights that are replaced at once
         encoder = ENCODER_OF_CONFIG[type(config)](config)
     expected = encoder.state_dict()
     missing = [name for name in expected if name not in tensors]
@@ -100,18 +99,18 @@ def encoder_from_tensors(config: EncoderConfig, tensors: dict[str, Tensor], sour
             raise ValueError(f"{source}: tensor {name!r} is {tensor.dtype}, expected floating point")
         if not tensor.isfinite().all():
             raise ValueError(f"{source}: tensor {name!r} holds NaN or infinity")
-    # A copy, of float32 too: what was read is a map of the file, which may change or shrink under the model.
+    # Copy float32 tensors, too: they are memory maps of a file that may change or shrink while the model is in use.
     own = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     encoder.load_state_dict(own, assign=True)
     return encoder.eval()
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file.
+    """Read a safetensors file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, or not a safetensors file.
+        ValueError: the file is truncated, or not a safetensors file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such weights file: {path}")
@@ -122,10 +121,18 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def save_checkpoint(directory: str | os.PathLike[str], encoder: Encoder) -> None:
-    """Write `config.json` and `model.safetensors` into a directory, which is made if need be.
+    """Write `config.json` and `model.safetensors` to a directory, which is created if need be.
 
-    A reader never sees half a file (see `atomic_write`).
+    Each file is written atomically: readers never see half of it.
+
+    Raises:
+        TypeError: the arguments are not a path and an encoder.
     """
+    if isinstance(directory, torch.nn.Module) or not isinstance(encoder, torch.nn.Module):
+        raise TypeError(
+            "expected save_checkpoint(directory, encoder), got "
+            f"save_checkpoint({type(directory).__name__}, {type(encoder).__name__})"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
@@ -135,7 +142,7 @@ def save_checkpoint(directory: str | os.PathLike[str], encoder: Encoder) -> None
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return a file's SHA-256 in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -144,7 +151,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint(encoder: Encoder) -> str:
-    """SHA-256 of an encoder's configuration and weights: equal for equal encoders, wherever they came from."""
+    """Return the SHA-256 of an encoder's config and weights: the same for equal encoders from different sources."""
     digest = hashlib.sha256(json.dumps(config_to_dict(encoder.config), sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

@@ -1,16 +1,17 @@
-"""Configurations of the encoders: frozen dataclasses that travel with the weights as `config.json`.
+"""Encoder configs: frozen dataclasses that are saved as `config.json` beside the weights.
 
-Nothing here needs torch. A configuration says what the weights mean (shapes and architecture) and nothing
-about how they are run: framing, precision and batching belong to `hear_encoders.embedder.Embedder`.
+A config describes the weights, their architecture and shapes. Options for running them (framing, precision, batching)
+belong to `hear_encoders.embedder.Embedder`. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hear_encoders.files import read_json
 
 TransformerFamily = Literal["audiomaepp", "mae", "ssast"]
 Rope = Literal["none", "patch", "sequence"]
@@ -25,7 +26,7 @@ def _check_types(config: Any) -> None:
         if get_origin(hint) is Literal:
             if value not in get_args(hint):
                 raise ValueError(f"{label} must be one of {', '.join(map(repr, get_args(hint)))}; got {value!r}")
-        elif type(value) is not hint:  # exact, so that true is no integer
+        elif type(value) is not hint:  # exact: isinstance(True, int) holds
             raise TypeError(f"{label} must be {hint.__name__}, got {value!r}")
 
 
@@ -49,10 +50,17 @@ def _check_sincos_dim(dim: int) -> None:
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """How one chunk of log-mel frames is cut into patches (AudioMAE++ section 3.2, AxLSTM section 3.2).
+    """The grid of patches that a segment of log-mel frames is cut into (section 3.2 of both papers).
 
-    The default is a 2 s chunk, 200 frames x 80 bands, in patches of 4 frames x 16 bands: a grid of
-    50 steps x 5 rows, 250 patches in time-major order (patch index = step * rows + row).
+    The default segment is 2 s, 200 frames x 80 bands. Patches of 4 frames x 16 bands make a grid of 50 steps x 5 rows:
+    250 patches in time-major order (patch index = step * rows + row).
+
+    Attributes:
+        chunk_frames: frames of one segment. The field's name is older than the word segment and is kept because
+            `config.json` files have it.
+        bands: mel bands.
+        patch_frames: frames of one patch.
+        patch_bands: mel bands of one patch.
     """
 
     chunk_frames: int = 200
@@ -68,22 +76,22 @@ class PatchConfig:
 
     @property
     def steps(self) -> int:
-        """Time steps of one full chunk (50)."""
+        """Time steps of a full segment (50)."""
         return self.chunk_frames // self.patch_frames
 
     @property
     def rows(self) -> int:
-        """Patches stacked along the bands in one time step (5)."""
+        """Patches in one time step, one per group of bands (5)."""
         return self.bands // self.patch_bands
 
     @property
     def patches(self) -> int:
-        """Patches of one full chunk (250)."""
+        """Patches of a full segment (250)."""
         return self.steps * self.rows
 
     @property
     def patch_size(self) -> int:
-        """Log-mel values in one patch (64)."""
+        """Log-mel values of one patch (64)."""
         return self.patch_frames * self.patch_bands
 
 
@@ -92,17 +100,17 @@ class TransformerConfig:
     """An encoder of transformer blocks: AudioMAE++ (transformer++ blocks), MAE and SSAST (plain blocks).
 
     Attributes:
-        family: "audiomaepp" has macaron/SwiGLU blocks (AudioMAE++ equations 1-3); "mae" and "ssast" have the
-            plain pre-norm block. "mae" and "ssast" differ in how they are pretrained, not in the encoder.
+        family: "audiomaepp" has macaron/SwiGLU blocks (AudioMAE++ equations 1-3); "mae" and "ssast" have plain
+            pre-norm blocks. "mae" and "ssast" are the same encoder, pretrained differently.
         dim: channels of a token.
         depth: number of blocks.
         heads: attention heads; must divide `dim`.
-        rope: rotary position embedding (AudioMAE++ section 2.1). "none", the papers' default; "patch" rotates
-            by each patch's true row and step in the chunk; "sequence" rotates by the place in the sequence
-            the block sees, as the released code does. Either comes on top of the fixed position table, as it
-            does in the released code (the paper's text has it instead of the table).
-        swiglu_norm: "own": SwiGLU has a LayerNorm of its own (equation 3). "attention": it shares the one of
-            the attention, as the released code does. Only "audiomaepp" has the choice.
+        rope: rotary position embedding (AudioMAE++ section 2.1). "none" is the papers' default. "patch" rotates by
+            each patch's true row and step in the segment. "sequence" rotates by position in the sequence that the
+            block sees, as the released code does. Both are used in addition to the fixed position table, as in the
+            released code; in the paper's text RoPE replaces the table.
+        swiglu_norm: the LayerNorm before SwiGLU. "own" is a separate one (equation 3). "attention" shares the
+            attention's, as the released code does; only "audiomaepp" allows it.
         patches: the patch grid.
     """
 
@@ -120,7 +128,7 @@ class TransformerConfig:
         _check_divides(self, "dim", "heads")
         _check_sincos_dim(self.dim)
         if self.rope != "none":
-            multiple = 4 if self.rope == "patch" else 2  # channel pairs, and two axes for true patch positions
+            multiple = 4 if self.rope == "patch" else 2  # channel pairs; "patch" has one for each of two axes
             if (self.dim // self.heads) % multiple:
                 raise ValueError(
                     f"TransformerConfig.rope = {self.rope!r} needs a head size divisible by {multiple}, "
@@ -139,11 +147,11 @@ class AxLSTMConfig:
         dim: channels of a token.
         depth: number of blocks.
         heads: heads of the mLSTM cell, each of size expansion * dim / heads.
-        expansion: expansion factor E of the block (AxLSTM table 3; 3 is the paper's best).
-        flip: reverse the token sequence around every second block (the paper's best is without).
+        expansion: the block's expansion factor E (AxLSTM table 3; the paper's best is 3).
+        flip: reverse the token sequence before and after every second block (the paper's best is False).
         input_gate: "exponential" or "sigmoid" (AxLSTM table 5).
-        conv_kernel: taps of the causal depthwise convolution.
-        projection_block: size of the diagonal blocks of the q, k and v projections.
+        conv_kernel: kernel size of the causal depthwise convolution.
+        projection_block: block size of the block-diagonal q, k and v projections.
         patches: the patch grid.
     """
 
@@ -198,10 +206,10 @@ PRESETS: dict[str, EncoderConfig] = {
 
 
 def preset(name: str) -> EncoderConfig:
-    """Return the configuration of a named model, such as "audiomaepp_tiny".
+    """Return a named model's config, such as that of "audiomaepp_tiny".
 
     Raises:
-        ValueError: the name is not one of `PRESETS`.
+        ValueError: the name is not in `PRESETS`.
     """
     try:
         return PRESETS[name]
@@ -210,19 +218,19 @@ def preset(name: str) -> EncoderConfig:
 
 
 def config_to_dict(config: EncoderConfig) -> dict[str, Any]:
-    """Return the configuration as plain JSON values, every field written out."""
+    """Return a config as plain JSON values, with every field."""
     return dataclasses.asdict(config)
 
 
 def config_from_dict(values: Any, source: str = "config") -> EncoderConfig:
-    """Build a configuration from parsed JSON. Every field must be present and known.
+    """Build a config from parsed JSON. Every field must be present and known.
 
     Args:
         values: the parsed JSON object.
-        source: what to call its origin in error messages, such as the file's path.
+        source: its origin for error messages, such as the file's path.
 
     Raises:
-        ValueError: not an object, an unknown family, a missing or unknown field, or a value out of range.
+        ValueError: it is not an object, the family is unknown, a field is missing or unknown, or a value is invalid.
     """
     family = values.get("family") if isinstance(values, dict) else None
     if not isinstance(family, str) or family not in CONFIG_OF_FAMILY:
@@ -237,20 +245,16 @@ def read_config(path: str | Path) -> EncoderConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, or not a configuration (see `config_from_dict`).
+        ValueError: not JSON, or not a config (see `config_from_dict`).
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no such configuration file: {path}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    return config_from_dict(values, str(path))
+        raise FileNotFoundError(f"no such config file: {path}")
+    return config_from_dict(read_json(path), str(path))
 
 
 def _build(cls: type, values: Any, source: str) -> Any:
-    """Make a config dataclass out of a dict, naming the file and the field in whatever goes wrong."""
+    """Build a config dataclass from a dict. Errors name the file and the field."""
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
     hints = get_type_hints(cls)
@@ -261,7 +265,7 @@ def _build(cls: type, values: Any, source: str) -> Any:
     if missing:
         raise ValueError(f"{source}: missing field {missing[0]!r}")
     arguments = {
-        name: _build(hint, values[name], f"{source}: {name}") if dataclasses.is_dataclass(hint) else values[name]
+        name: _build(hint, values[name], f"{source}: {name}") if hint is PatchConfig else values[name]
         for name, hint in hints.items()
     }
     try:

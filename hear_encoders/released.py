@@ -1,19 +1,28 @@
-"""Checkpoints of the papers' released code: read safely, and translated into this package's names and shapes."""
+"""Import checkpoints of the papers' released code: safely, and with this package's names, shapes and config."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hear_encoders.config import AxLSTMConfig, EncoderConfig, InputGate, PatchConfig, TransformerConfig
+from hear_encoders.config import (
+    AxLSTMConfig,
+    EncoderConfig,
+    InputGate,
+    PatchConfig,
+    TransformerConfig,
+    TransformerFamily,
+)
 from hear_encoders.nn.patches import sincos_2d
 
-# Released module names within a block -> ours. No name means different things in different families.
+Family = TransformerFamily | Literal["axlstm"]
+
+# Module names within a block, released code -> this package. They mean the same in every family.
 _MODULES = {
     "norm1": "norm1",
     "norm2": "norm2",
@@ -40,40 +49,39 @@ _MODULES = {
 }
 _TENSORS = {"rope.freqs": "attention.rotary.frequencies", "layer.learnable_skip": "skip"}
 
-# A block's tensor that tells the family.
-_FAMILY_OF_TENSOR = {
+# The tensor that identifies a family.
+_FAMILY_OF_TENSOR: dict[str, Family] = {
     "encoder.blocks.0.ffn1.layer1.weight": "audiomaepp",
     "encoder.blocks.0.mlp.layer1.weight": "mae",
     "blocks.0.layer.proj_up.weight": "axlstm",
     "blocks.0.mlp.layer1.weight": "ssast",
 }
 
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel and torch.compile
 _PRETRAINING_ONLY = re.compile(r"^(?:decoder\.|pred\.|mask_token$)")
-_NEVER_USED = re.compile(r"^encoder\.blocks\.\d+\.norm3\.")  # the released SwiGLU step normalises with norm2
+_NEVER_USED = re.compile(r"^encoder\.blocks\.\d+\.norm3\.")  # the released code applies norm2 before SwiGLU
 
 
 def import_checkpoint(
     path: str | Path, heads: int | None = None, *, flip: bool = True, input_gate: InputGate = "exponential"
 ) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """Read a checkpoint of either paper's released code; nothing in its pickle is executed.
+    """Read a checkpoint of either paper's released code, without executing anything in its pickle.
 
-    Family, dims, depth, expansion, patch size and RoPE are told from the tensors. What tensors cannot tell
-    are the arguments.
+    Family, dims, depth, expansion, patch size and RoPE are inferred from the tensors; the arguments cannot be.
 
     Args:
         path: the `.pth` file.
-        heads: attention heads. Needed for AudioMAE++, MAE and SSAST; for AxLSTM, whose cell's heads are told
-            from its gates, accepted and not used (the released configuration carries a number there).
-        flip: whether an AxLSTM was trained with the token sequence reversed around every second block.
-        input_gate: the input gate an AxLSTM was trained with.
+        heads: number of attention heads. Required for MAE, SSAST and AudioMAE++ without RoPE. Ignored for AxLSTM,
+            whose number of heads follows from its gates (the released configs carry an unused number).
+        flip: an AxLSTM was trained with the token sequence reversed before and after every second block.
+        input_gate: the input gate that an AxLSTM was trained with.
 
     Returns:
-        The encoder's configuration, and its tensors under this package's names.
+        The encoder's config, and its tensors under this package's names.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a checkpoint, a tensor missing or unknown, or heads missing or impossible.
+        ValueError: not a released checkpoint, a tensor is missing or unknown, or `heads` is missing or does not fit.
     """
     state = read_released_tensors(Path(path))
     family = next((family for name, family in _FAMILY_OF_TENSOR.items() if name in state), None)
@@ -93,7 +101,7 @@ def import_checkpoint(
         tensors = {translate_name(name): _translate(name, tensor) for name, tensor in released.items()}
     except KeyError as error:
         raise ValueError(f"{path}: missing tensor {error}") from error
-    except IndexError as error:  # of a shape
+    except IndexError as error:  # a shape has too few entries
         raise ValueError(f"{path}: a tensor has too few dimensions") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -101,7 +109,7 @@ def import_checkpoint(
 
 
 class _Inert:
-    """Stands in for whatever a checkpoint's pickle names besides tensors (its argparse Namespace, say)."""
+    """An inert replacement for every class and function that a checkpoint's pickle names, such as Namespace."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
@@ -114,15 +122,15 @@ class _Inert:
 
 
 def read_released_tensors(path: Path) -> dict[str, Tensor]:
-    """The model's tensors out of a released checkpoint, by way of torch's restricted unpickler."""
+    """Read the model's tensors from a released checkpoint with torch's restricted unpickler."""
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
-        # Every class or function the pickle names is replaced by an inert stand-in: none of them is called.
+        # Replace every class and function that the pickle names, so that none of them is called.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in names]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here: RuntimeError, UnpicklingError, EOFError, ...
+    except Exception as error:  # RuntimeError, UnpicklingError, EOFError, ...
         raise ValueError(f"{path}: not a readable torch checkpoint ({error})") from error
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(
@@ -133,9 +141,9 @@ def read_released_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_config(
-    family: str, state: dict[str, Tensor], positions: Tensor, heads: int | None, flip: bool, input_gate: InputGate
+    family: Family, state: dict[str, Tensor], positions: Tensor, heads: int | None, flip: bool, input_gate: InputGate
 ) -> EncoderConfig:
-    """Tell the configuration from tensors. Raises KeyError for a missing tensor, ValueError for the rest."""
+    """Infer the config from tensors. Raise KeyError for a missing tensor, ValueError for any other problem."""
     dim, _, patch_frames, patch_bands = state["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     default = PatchConfig()
@@ -165,12 +173,12 @@ def _read_config(
         )
     frequencies = state.get("blocks.0.rope.freqs")
     if frequencies is not None:
-        told = dim // (2 * len(frequencies))
-        if heads not in (None, told):
-            raise ValueError(f"its RoPE frequencies are those of {told} heads, got {heads}")
-        heads = told
+        rope_heads = dim // (2 * len(frequencies))
+        if heads not in (None, rope_heads):
+            raise ValueError(f"its RoPE frequencies belong to {rope_heads} heads, got {heads}")
+        heads = rope_heads
     if heads is None:
-        raise ValueError("the number of attention heads cannot be told from its tensors; give it (heads, --heads)")
+        raise ValueError("its tensors do not show the number of attention heads: give it (heads, --heads)")
     return TransformerConfig(
         family=family,
         dim=dim,
@@ -183,7 +191,7 @@ def _read_config(
 
 
 def translate_name(name: str) -> str:
-    """A released tensor's name under this package, `encoder.` already removed."""
+    """Return this package's name of a released tensor, given without the prefix `encoder.`."""
     if name == "cls_token":
         return name
     module, _, parameter = name.rpartition(".")
@@ -203,7 +211,7 @@ def translate_name(name: str) -> str:
 
 
 def _translate(name: str, tensor: Tensor) -> Tensor:
-    """A released tensor's values as this package stores them."""
+    """Return a released tensor as this package stores it."""
     if name == "cls_token":
         return tensor.flatten()
     if name == "patch_embed.proj.weight":
@@ -211,5 +219,5 @@ def _translate(name: str, tensor: Tensor) -> Tensor:
     if name.endswith("conv1d.conv.weight"):
         return tensor.squeeze(1)  # (I, 1, kernel) -> (I, kernel)
     if re.fullmatch(r"blocks\.\d+\.(norm|layer\.mlstm_cell\.outnorm)\.weight", name):
-        return 1 + tensor  # the mLSTM block's norms store the offset from 1
+        return 1 + tensor  # the released mLSTM block stores its norms' weights as offsets from 1
     return tensor
