@@ -1,11 +1,14 @@
-"""Evaluation of HEAR modules as in the papers. The commands are `__main__` here and in `open_tasks`; their parts:
+"""Evaluate HEAR modules as in the papers. Run it as `python -m evaluation`; `open_tasks` is a command of its own.
 
-    run, kit, environment   hear-eval-kit on a directory of HEAR tasks, seed by seed, in an environment of its own
-    probe                   a quick comparison of weights on validation clips, without heareval
-    baselines, functionals  HEAR modules to compare with; `functionals` needs openSMILE, which is for research only
-    aggregate               means, intervals, the papers' score s(m); published.csv has the papers' rows
-    report*                 a page, tables and CSV files of results
-    open_tasks/             small HEAR tasks from freely licensed recordings; tasks/ has their lists
+    tasks                    HEAR's task folders, the papers' ten tasks, their metrics
+    results                  the results folder: its files, written and read
+    driver                   runs hear-eval-kit on all tasks and seeds, in subprocesses
+    kit, environment         the subprocess, and the virtual environment that it needs
+    aggregate, published.csv means, intervals, the papers' score s(m) and their rows
+    report, tables, page     results as HTML, Markdown and CSV
+    probe                    quick comparison of weights on validation clips, without hear-eval-kit
+    baselines, functionals   HEAR modules to compare with; `functionals` needs openSMILE, which is for research only
+    open_tasks/              small HEAR tasks from freely licensed recordings
 
-Nothing else in `training` needs any of it.
+Nothing in `hear_encoders` or `training` imports it.
 """
