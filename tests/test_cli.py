@@ -821,14 +821,14 @@ def test_missing_cuda_device_is_bad_usage(embed, recordings, workplace) -> None:
 
 
 @pytest.mark.parametrize(
-    "model, name, taken", [("hear_audiomaepp", "axlstm", "audiomaepp"), ("hear_axlstm", "mae", "axlstm")]
+    "model, name, supported", [("hear_audiomaepp", "axlstm", "audiomaepp"), ("hear_axlstm", "mae", "axlstm")]
 )
 def test_weights_of_the_other_family_are_refused(
-    embed, recordings, checkpoints, workplace, model: str, name: str, taken: str
+    embed, recordings, checkpoints, workplace, model: str, name: str, supported: str
 ) -> None:
     outcome = embed(recordings, "-o", "new/out.npz", "--model", model, "--weights", checkpoints[name])
     assert outcome.code == 2
-    assert f"'{name}'" in outcome.err and f"{model} takes {taken}" in outcome.err
+    assert f"'{name}'" in outcome.err and f"{model} supports {supported}" in outcome.err
     assert not Path("new").exists()
 
 
@@ -906,7 +906,7 @@ def test_interrupted_folder_run_resumes(embed, interrupt, decoded, recordings, e
 
     decoded.clear()
     outcome = embed(recordings, "-o", "out")
-    assert (outcome.code, outcome.out) == (0, "out: 3 of 5 files embedded, 2 there before\n")
+    assert (outcome.code, outcome.out) == (0, "out: 3 of 5 files embedded, 2 already there\n")
     assert sorted(decoded) == ["a.flac", "a.wav", "c.ogg"]
     for name in RECORDINGS:
         assert_close(np.load(f"out/{name}.npy"), expected(recordings / name))
@@ -964,14 +964,14 @@ def test_second_run_on_a_folder_embeds_only_missing_files(
     decoded.clear()
 
     outcome = embed(recordings, "-o", "out", *timestamps)
-    assert (outcome.code, outcome.out) == (0, "out: nothing new, 5 of 5 files there before\n")
+    assert (outcome.code, outcome.out) == (0, "out: nothing new, all 5 files already there\n")
     assert decoded == []
     assert snapshot(workplace / "out") == before
 
     missing = "nested/deeper/c.ogg.npy"
     (workplace / "out" / missing).unlink()
     outcome = embed(recordings, "-o", "out", *timestamps)
-    assert (outcome.code, outcome.out) == (0, "out: 1 of 5 files embedded, 4 there before\n")
+    assert (outcome.code, outcome.out) == (0, "out: 1 of 5 files embedded, 4 already there\n")
     assert decoded == ["c.ogg"]
     after = snapshot(workplace / "out")
     assert {name: content for name, (_, content) in after.items()} == {
@@ -983,7 +983,7 @@ def test_second_run_on_a_folder_embeds_only_missing_files(
 
 def test_output_folder_may_be_inside_the_input_folder(embed, recordings, workplace) -> None:
     shutil.copytree(recordings, "in")
-    for expected_end in ("5 of 5 files embedded\n", "5 of 5 files there before\n"):
+    for expected_end in ("5 of 5 files embedded\n", "nothing new, all 5 files already there\n"):
         outcome = embed("in", "-o", "in/embeddings")
         assert outcome.code == 0
         assert outcome.out.endswith(expected_end)
@@ -1004,7 +1004,7 @@ def test_file_name_that_is_too_long_fails_alone_in_every_run(embed, recordings, 
     long.mkdir()
     os.link(recordings / "a.wav", long / "a.wav")
     os.link(recordings / "a.wav", long / f"{'x' * 251}.wav")
-    for expected_start in ("out: 1 of 2 files embedded\n", "out: 0 of 2 files embedded, 1 there before\n"):
+    for expected_start in ("out: 1 of 2 files embedded\n", "out: 0 of 2 files embedded, 1 already there\n"):
         outcome = embed(long, "-o", "out")
         assert (outcome.code, outcome.out) == (1, expected_start)
         assert "its name is too long for the output" in outcome.err
@@ -1019,7 +1019,7 @@ def test_failed_files_are_tried_again(embed, recordings, workplace) -> None:
         assert outcome.err.count("junk.wav") == 1
     shutil.copy(recordings / "a.wav", "in/junk.wav")
     outcome = embed("in", "-o", "out")
-    assert (outcome.code, outcome.out) == (0, "out: 1 of 6 files embedded, 5 there before\n")
+    assert (outcome.code, outcome.out) == (0, "out: 1 of 6 files embedded, 5 already there\n")
 
 
 @pytest.mark.parametrize(
@@ -1050,6 +1050,17 @@ def test_folder_does_not_mix_settings(
     assert "out holds embeddings made with" in outcome.err and word in outcome.err
     assert (files_in(workplace), snapshot(workplace / "out")) == (names, before)
     assert embed(recordings, "-o", "out", *first).code == 0
+
+
+def test_runs_that_begin_together_do_not_mix_settings(embed, interrupt, recordings, workplace) -> None:
+    def claim() -> None:
+        outputs.FolderOutput(Path("out"), False, {"weights": "other"}).add("", "b.wav", np.zeros(3), None)
+
+    interrupt(99, KeyboardInterrupt(), claim)
+    outcome = embed(recordings / "a.wav", "-o", "out")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "out holds embeddings made with" in outcome.err and outcome.err.count("\n") == 1
+    assert files_in(workplace) == ["out/b.wav.npy", "out/hear-embed.json"]
 
 
 def test_moved_weights_are_the_same_settings(embed, recordings, checkpoints, workplace) -> None:

@@ -45,9 +45,10 @@ With --stream, reads WAV or raw samples from standard input. As soon as each 40 
 standard output as one line of JSON: {"timestamp_ms": ..., "embedding": [...]}.
 
 exit status:
-  0  all files were embedded
-  1  some files failed, the rest were embedded; or the output could not be written
-  2  bad usage, nothing was embedded
+  0    all files were embedded
+  1    some files failed, the rest were embedded; or the output could not be written
+  2    bad usage: nothing was embedded
+  130  interrupted
 """
 
 
@@ -69,9 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(prog=parser.prog)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("-o", "--output", type=output_path, metavar="OUT", help=".npz file, .parquet file or folder")
-    parser.add_argument(
-        "--model", choices=MODELS, help=f"default: {MODELS[0]}; with --stream {STREAMING_MODEL}, the only one that can"
-    )
+    parser.add_argument("--model", choices=MODELS, help=f"default: {MODELS[0]}, or {STREAMING_MODEL} with --stream")
     add_embedding_arguments(parser)
     live = parser.add_argument_group("streaming")
     live.add_argument("--stream", action="store_true", help="embed standard input; INPUT must be -")
@@ -79,14 +78,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--warm-up",
         type=non_negative,
         metavar="N",
-        help=f"without --statistics, seconds to listen before the first step; default: {DEFAULT_WARM_UP_S:g}",
+        help=f"seconds to listen before the first step, unless --statistics are given; default: {DEFAULT_WARM_UP_S:g}",
     )
     raw = PCM()
-    live.add_argument("--encoding", choices=ENCODINGS, help=f"of raw samples; default: {raw.encoding}")
+    live.add_argument("--encoding", choices=ENCODINGS, help=f"for raw samples; default: {raw.encoding}")
     live.add_argument(
-        "--sample-rate", type=positive(int), metavar="HZ", help=f"of raw samples; default: {raw.sample_rate}"
+        "--sample-rate",
+        type=positive(int),
+        metavar="HZ",
+        help=f"for raw samples; default: {raw.sample_rate}",
     )
-    live.add_argument("--channels", type=positive(int), metavar="N", help=f"of raw samples; default: {raw.channels}")
+    live.add_argument("--channels", type=positive(int), metavar="N", help=f"for raw samples; default: {raw.channels}")
     options = parser.parse_args(arguments)
 
     options.model = options.model or (STREAMING_MODEL if options.stream else MODELS[0])
@@ -148,11 +150,11 @@ def _embed_missing(
         output.abort()
         raise
     skipped = total - len(missing)
-    there_before = f", {skipped} there before" if skipped else ""
     if missing:
-        print(f"{options.output}: {done} of {total} files embedded{there_before}")
+        already_there = f", {skipped} already there" if skipped else ""
+        print(f"{options.output}: {done} of {total} files embedded{already_there}")
     else:
-        print(f"{options.output}: nothing new, {skipped} of {total} files there before")
+        print(f"{options.output}: nothing new, all {total} files already there")
     for failure in failures:
         print_error(options.prog, f"failed: {failure.reason}")
     return FAILED if failures else 0

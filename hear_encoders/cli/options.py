@@ -33,15 +33,20 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         "--framing",
         choices=tuple(FRAMINGS),
         default="exact",
-        help="placement of the time steps: exact, or as in the papers' released code; default: %(default)s",
+        help="time steps: exact, or as in the papers' released code; default: %(default)s",
     )
     parser.add_argument("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
-    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="auto",
+        help="of matrix products; auto is half precision on CUDA, else float32; default: %(default)s",
+    )
     parser.add_argument(
         "--pooling",
         choices=tuple(POOLINGS),
         default="mean",
-        help="of time steps into one embedding per file: mean, or mean and standard deviation; default: %(default)s",
+        help="scene embedding: the mean of the time steps, or mean and standard deviation; default: %(default)s",
     )
     parser.add_argument(
         "--compile",
@@ -53,7 +58,7 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=float,
         metavar=("MEAN", "STD"),
-        help="normalize log-mel with these; default: each file's own, or of a stream, those of the audio so far",
+        help="normalize log-mel with these; default: each file's own, or those of a stream so far",
     )
     parser.add_argument(
         "--batch-seconds",

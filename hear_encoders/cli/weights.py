@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument(
         "source",
         metavar="CHECKPOINT",
-        help=f"directory, .safetensors file, Hub org/name, or {' or '.join(MODELS)} for the bundled weights",
+        help=f"directory, .safetensors file or Hub org/name; bundled weights: {' or '.join(MODELS)}",
     )
     show.add_argument("--revision", help="branch, tag or commit of the Hub repository")
 
