@@ -1,8 +1,8 @@
 """Files from Debian packages: fetched, checked and unpacked into a cache, without installing anything.
 
 Everything in Debian's `main` has a free licence, and its archive keeps packages for years, so it is a good source of
-recordings. apt knows each package's size and hash and downloads it; dpkg-deb unpacks it. Both are there on Debian and
-its derivatives, and neither needs root. Packages that are in the cache need no apt:
+recordings. apt knows each package's size and hash and downloads it; dpkg-deb unpacks it. Debian and its derivatives
+have both, and neither needs root. For packages in the cache, apt is not needed:
 
     CACHE/PACKAGE/        the package's files, as they would lie below /
     CACHE/PACKAGE.json    its version, size and hash
@@ -31,7 +31,7 @@ from hear_encoders.checkpoint import sha256
 from hear_encoders.files import atomic_write, locked, read_json, write_json
 from training.corpora.progress import progress
 
-# A package's name (Debian policy 5.6.1). It is never a path or an option.
+# A package's name (Debian policy 5.6.1). A match is neither a path nor an option.
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 
 # Packages per call of apt-cache.

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import soundfile
 
-from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, print_error
+from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error
 from hear_encoders.files import atomic_write
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from training.corpora import archive, prepare
@@ -121,8 +121,8 @@ def collect(entries: Sequence[Entry], cache: Path, folder: Path, jobs: int = 1) 
                     wanted.symlink_to(file.resolve())
                     return None
             samples = read_recording(entry.recording, cache)
-            with atomic_write(converted) as file:
-                soundfile.write(file, samples, SAMPLE_RATE, format="FLAC")
+            with atomic_write(converted) as flac:
+                soundfile.write(flac, samples, SAMPLE_RATE, format="FLAC")
         except (FileNotFoundError, ValueError) as error:
             return f"{entry.recording}: {error}"
         return None
@@ -153,8 +153,8 @@ def write_licences(entries: Sequence[Entry], cache: Path, path: Path) -> None:
     lines = [
         "# Licences of the corpus",
         "",
-        "The recordings come from these packages in Debian's main archive. The licences are those named in each",
-        "package's copyright file, usr/share/doc/PACKAGE/copyright; they cover all of its files.",
+        "The recordings come from these packages in Debian's main archive. The licences are all those named in each",
+        "package's copyright file, usr/share/doc/PACKAGE/copyright, including those of files that are not recordings.",
         "",
         "| package | version | hours | licences |",
         "|---|---|--:|---|",
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder for the corpus")
+    parser.add_argument("out_dir", type=output_path, metavar="OUT_DIR", help="folder for the corpus")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PACKAGE", help="packages to leave out")
     parser.add_argument(
         "--cache",
@@ -213,11 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder for unpacked packages, about 20 GB (default: %(default)s)",
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: %(default)s)"
+        "--jobs",
+        type=positive(int),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="worker processes (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error("--jobs must be at least 1")
     try:
         with sigterm_interrupts():
             return build(options.out_dir, options.cache, options.skip, options.jobs)

@@ -126,7 +126,7 @@ def cut(samples: int, excerpts: Sequence[Excerpt], record_samples: int) -> Itera
 
 
 def make_plan(settings: dict[str, Any], recordings: Sequence[Recording], durations_s: Sequence[float]) -> Plan:
-    """Distribute recordings over shards. Their order does not matter.
+    """Distribute recordings over shards. The plan does not depend on their order.
 
     Args:
         settings: with record_seconds and shard_records. A shard exceeds shard_records only if it is a single

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hear_encoders.audio import find_audio, load_audio
 from hear_encoders.checks import check_audio
-from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, print_error
+from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error
 from hear_encoders.files import atomic_write, locked, read_json, write_json
 from hear_encoders.nn.frontend import SAMPLE_RATE, LogMel
 from training.corpora.plan import (
@@ -70,22 +70,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help="folder (searched recursively), audio file or glob pattern"
     )
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder for the shards")
+    parser.add_argument("out_dir", type=output_path, metavar="OUT_DIR", help="folder for the shards")
     parser.add_argument("--csv", type=Path, help="prepare only the excerpts in this list, in AudioSet's format")
     parser.add_argument(
         "--record-seconds", type=float, default=10.0, metavar="S", help="length of a record (default: %(default)s)"
     )
     parser.add_argument(
-        "--shard-records", type=int, default=1000, metavar="N", help="records in a shard (default: about %(default)s)"
+        "--shard-records",
+        type=positive(int),
+        default=1000,
+        metavar="N",
+        help="records in a shard (default: about %(default)s)",
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: %(default)s)"
+        "--jobs",
+        type=positive(int),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="worker processes (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     if not SHORTEST_REMAINDER_S <= options.record_seconds < math.inf:
         parser.error(f"--record-seconds must be at least {SHORTEST_REMAINDER_S}")
-    if min(options.shard_records, options.jobs) < 1:
-        parser.error("--shard-records and --jobs must be at least 1")
     try:
         with sigterm_interrupts():
             return _prepare(parser.prog, options)

@@ -35,8 +35,8 @@ def run_in_workers(function: Callable[..., _T], calls: Iterable[tuple], jobs: in
     Args:
         function: of a module's top level.
         calls: arguments, which must be picklable.
-        jobs: worker processes, also if it is 1: the number of torch threads can change a result's last bits, and in
-            this process it is the user's to set.
+        jobs: number of worker processes. Even a single job needs one: the number of torch threads can change a
+            result's last bits, and this process must keep the number that the user has set.
 
     Yields:
         The calls' futures. They raise `BrokenProcessPool` if a worker dies.
@@ -45,7 +45,7 @@ def run_in_workers(function: Callable[..., _T], calls: Iterable[tuple], jobs: in
     stop = context.Event()
     pool = ProcessPoolExecutor(jobs, context, _start_worker, (stop,))
     try:
-        # A terminal sends Ctrl-C to workers too, even while they start. They inherit that it is ignored.
+        # A terminal sends Ctrl-C to workers too, even while they start. They inherit the ignored signal.
         with _ctrl_c_ignored():
             futures = [pool.submit(function, *call) for call in calls]
         yield futures
