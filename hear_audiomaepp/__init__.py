@@ -1,4 +1,4 @@
-"""HEAR module of AudioMAE++ and of its MAE baseline.
+"""HEAR module of AudioMAE++ and its MAE baseline.
 
 import hear_audiomaepp
 

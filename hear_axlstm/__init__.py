@@ -1,4 +1,4 @@
-"""HEAR module of AxLSTM and of its SSAST baseline.
+"""HEAR module of AxLSTM and its SSAST baseline.
 
 import hear_axlstm
 
@@ -6,10 +6,10 @@ model = hear_axlstm.load_model()
 embeddings = hear_axlstm.get_scene_embeddings(audio, model)  # (clips, samples) -> (clips, size)
 embeddings, timestamps_ms = hear_axlstm.get_timestamp_embeddings(audio, model)
 
-And on audio that is still arriving, for an AxLSTM without flip:
+For audio that is still arriving (an AxLSTM without flip):
 
 stream = hear_axlstm.stream(model)
-embeddings, timestamps_ms = stream.push(samples)  # any number of samples -> the 40 ms steps they complete
+embeddings, timestamps_ms = stream.push(samples)  # any number of samples -> the 40 ms steps that they complete
 """
 
 from pathlib import Path

@@ -1,14 +1,14 @@
-"""A stand-in for the Hugging Face Hub on loopback: the part of its protocol that downloads and commits use.
+"""A stand-in for the Hugging Face Hub on loopback, with the part of its protocol that downloads and commits use.
 
     with contextlib.closing(HubServer()) as hub:
         commit = hub.commit("org/name", {"config.json": b"{}", "model.safetensors": b"..."})
         ...  # a client with HF_ENDPOINT=hub.url
         assert hub.requests == []
 
-Small files are answered directly. Files named *.safetensors are answered like large files on the Hub: the look-up
-carries the file's hash and size and redirects to a storage server on another host (the same machine by its other
-name: some versions of the client compare host names, without ports, to tell storage from the Hub). They are uploaded
-the same way: first to storage, as git-lfs does, and then named by their hash in the commit.
+Small files are sent directly. Files named *.safetensors are treated like large files on the Hub: the answer to a
+look-up has the file's hash and size and redirects to a storage server on another host. (It is the same machine under
+another name, since some versions of the client tell storage from the Hub by host name without port.) They are uploaded
+the same way: to storage first, as by git-lfs, and then the commit refers to them by hash.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKEN = "hf_of_the_tests"
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it arrived; header names are in lower case. `storage`: it went to the storage server."""
+    """A request, with header names in lower case. `storage`: it went to the storage server."""
 
     method: str
     path: str
@@ -43,13 +43,13 @@ class _Repo:
     private: bool = False
     gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)  # of the commits, in their order
+    messages: list[str] = field(default_factory=list)  # one per commit, in order
     branches: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class _Fault:
-    """What goes wrong with a file's answers: a status instead of the file, or a body that ends at byte `cut_at`."""
+    """A fault in a file's answers: a status instead of the file, or a body that ends at byte `cut_at`."""
 
     filename: str
     method: str | None
@@ -59,7 +59,7 @@ class _Fault:
     announced: bool = True
 
     def take(self, method: str, filename: str) -> bool:
-        """Whether it happens to this request; counts it."""
+        """Return True and count down if the fault applies to this request."""
         if self.filename != filename or self.method not in (None, method) or self.times <= 0:
             return False
         self.times -= 1
@@ -67,14 +67,14 @@ class _Fault:
 
 
 class HubServer:
-    """The server, listening on free ports of 127.0.0.1 from its construction until it is closed.
+    """The server. It listens on free ports of 127.0.0.1 until it is closed.
 
     Attributes:
-        requests: every request so far, in order.
-        before_answer: called with each request before it is answered, for what happens meanwhile on the Hub.
-        supports_ranges: False makes the server send whole files to whoever asks for a part.
-        misreported_commit: sent instead of the true X-Repo-Commit, as a broken mirror might.
-        card_errors: what it finds wrong with the metadata of every model card.
+        requests: all requests so far, in order.
+        before_answer: called with each request before it is answered, to change the Hub's state in between.
+        supports_ranges: False answers range requests with the whole file.
+        misreported_commit: sent instead of the true X-Repo-Commit, as by a broken mirror.
+        card_errors: the errors reported for every model card's metadata.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class HubServer:
         gated: bool = False,
         message: str = "",
     ) -> str:
-        """Put a commit of these files at the tip of a branch, making the repository if need be; its id."""
+        """Add a commit with these files to a branch, create the repository if need be, and return the commit's hash."""
         repo = self._repos.setdefault(repo_id, _Repo())
         repo.private, repo.gated = private, gated
         commit = hashlib.sha1(f"{repo_id} {len(repo.commits)}".encode()).hexdigest()
@@ -119,7 +119,7 @@ class HubServer:
         return commit
 
     def history(self, repo_id: str) -> list[tuple[str, str, dict[str, bytes]]]:
-        """Hash, message and files of each commit, the oldest first; empty if there is no such repository."""
+        """Return each commit's hash, message and files, oldest first; an empty list if there is no such repository."""
         repo = self._repos.get(repo_id, _Repo())
         return [(commit, message, files) for (commit, files), message in zip(repo.commits.items(), repo.messages)]
 
@@ -131,16 +131,19 @@ class HubServer:
         self._faults.append(_Fault(filename, method, times, status=status))
 
     def cut(self, filename: str, at: int, *, announced: bool = True, times: float = float("inf")) -> None:
-        """End a file's body at this byte, `times` times: the connection is closed before the announced length is
-        reached or, with `announced` False, the shorter length is announced as if it were the whole file."""
+        """End a file's body at this byte, `times` times.
+
+        Close the connection before the announced length is reached or, if `announced` is False, announce the shorter
+        length.
+        """
         self._faults.append(_Fault(filename, "GET", times, cut_at=at, announced=announced))
 
     def mend(self) -> None:
-        """End all faults."""
+        """Remove all faults."""
         self._faults.clear()
 
     def answer(self, request: Request) -> _Answer:
-        """What to answer; called by the handler."""
+        """Return the answer to a request; called by the handler."""
         with self._lock:
             self.requests.append(request)
             if self.before_answer is not None:
@@ -169,7 +172,7 @@ class HubServer:
             return _error(401, None, "Invalid credentials in Authorization header")
         repo = self._repos.get(repo_id)
         if repo is None or (repo.private and not authorized):
-            # A stranger must not learn whether a repository exists.
+            # Without a token, private and missing repositories look the same.
             if authorized:
                 return _error(404, "RepoNotFound", "Repository not found")
             return _error(401, "RepoNotFound", "Invalid username or password.")
@@ -192,7 +195,7 @@ class HubServer:
         return _Answer(302, f"Found. Redirecting to {location}".encode(), {**headers, **linked})
 
     def _api_answer(self, request: Request, path: str) -> _Answer:
-        """What is not a file: all that a commit takes, and a look at a repository."""
+        """Answer requests other than for files: the steps of a commit, and a repository's metadata."""
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             return _error(401, None, "Invalid username or password.")
         if path == "/api/validate-yaml":
@@ -229,7 +232,7 @@ class HubServer:
         repo_id = f"{wish['organization']}/{wish['name']}"
         exists = repo_id in self._repos
         if not exists:
-            private = bool(wish.get("private")) or wish.get("visibility") == "private"  # as older and newer clients say
+            private = bool(wish.get("private")) or wish.get("visibility") == "private"  # older or newer clients
             self.commit(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
         return _json(409 if exists else 200, {"url": f"{self.url}/{repo_id}", "name": repo_id})
 
@@ -242,7 +245,7 @@ class HubServer:
         return _json(200, {"transfer": "basic", "objects": answers})
 
     def _content(self, change: dict[str, Any]) -> bytes | None:
-        """The content of a file in a commit; None if it should be in storage and is not."""
+        """Return a file's content from a change in a commit; None if it should be in storage and is not."""
         if change["key"] == "lfsFile":
             return self._objects.get(change["value"]["oid"])
         assert (change["key"], change["value"]["encoding"]) == ("file", "base64")
@@ -278,12 +281,12 @@ def _json(status: int, value: Any) -> _Answer:
 
 
 def _blob(body: bytes) -> str:
-    """The name git gives to a file's content."""
+    """Return the hash that git gives to a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
 def _upload_mode(name: str, body: bytes | None) -> dict[str, Any]:
-    """How a file is to be uploaded, and what the repository has by its name."""
+    """Tell how to upload a file, and the hash that the repository has under its name."""
     large = name.endswith(".safetensors")
     mode = {"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
     return mode if body is None else {**mode, "oid": hashlib.sha256(body).hexdigest() if large else _blob(body)}
@@ -298,7 +301,7 @@ class _Server(ThreadingHTTPServer):
         self.storage = storage
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that hangs up is part of the tests
+        pass  # tests close connections early
 
 
 class _Handler(BaseHTTPRequestHandler):

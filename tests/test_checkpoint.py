@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is what is read, and anything else is refused by file and field."""
+"""Checkpoints: saved encoders are read back unchanged; errors name the file and the tensor or field."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hear_encoders.files import atomic_write
 
 @pytest.fixture
 def saved(tmp_path):
-    """A directory with a small AxLSTM checkpoint."""
+    """Return a directory with a small AxLSTM checkpoint."""
     save_checkpoint(tmp_path / "model", build_encoder(SMALL_CONFIGS["axlstm"], seed=1))
     return tmp_path / "model"
 
 
-def test_an_encoder_survives_being_saved(small_encoder, tmp_path):
+def test_saved_encoder_is_loaded_unchanged(small_encoder, tmp_path):
     save_checkpoint(tmp_path, small_encoder)
     loaded = load_checkpoint(tmp_path)
     assert loaded.config == load_checkpoint(tmp_path / "model.safetensors").config == small_encoder.config
@@ -32,7 +32,7 @@ def test_an_encoder_survives_being_saved(small_encoder, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
-def test_a_loaded_encoder_can_be_trained_and_moved(saved):
+def test_loaded_encoder_can_be_trained_and_moved(saved):
     encoder = load_checkpoint(saved / "model.safetensors")
     assert all(parameter.requires_grad and not parameter.is_meta for parameter in encoder.parameters())
     assert not any(buffer.is_meta for buffer in encoder.buffers())
@@ -40,7 +40,7 @@ def test_a_loaded_encoder_can_be_trained_and_moved(saved):
     encoder.to(torch.float64)
 
 
-def test_a_loaded_encoder_does_not_change_with_its_file(saved):
+def test_loaded_encoder_does_not_change_with_its_file(saved):
     weights = saved / "model.safetensors"
     encoder, expected = load_checkpoint(weights), load_file(weights)
     expected = {name: tensor.clone() for name, tensor in expected.items()}
@@ -52,7 +52,7 @@ def test_a_loaded_encoder_does_not_change_with_its_file(saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_stored_in_another_precision_are_float32_in_memory(saved, dtype):
+def test_weights_stored_in_another_precision_are_loaded_as_float32(saved, dtype):
     weights = saved / "model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(weights).items()}, weights)
     assert all(parameter.dtype == torch.float32 for parameter in load_checkpoint(weights).parameters())
@@ -81,14 +81,14 @@ def change_tensors(directory, change):
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(saved, change, message):
+def test_invalid_tensor_is_named(saved, change, message):
     change_tensors(saved, change)
     with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
         load_checkpoint(saved / "model.safetensors")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 9, 500, -1])
-def test_a_truncated_file_is_named(saved, kept):
+def test_truncated_file_is_named(saved, kept):
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
@@ -96,20 +96,20 @@ def test_a_truncated_file_is_named(saved, kept):
 
 
 @pytest.mark.parametrize("content", [b"not tensors at all", b"PK\x03\x04" + bytes(100), b"\xff" * 100])
-def test_a_foreign_file_is_named(saved, content):
+def test_file_of_another_format_is_named(saved, content):
     (saved / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
         load_checkpoint(saved / "model.safetensors")
 
 
-def test_an_unknown_config_field_is_named(saved):
+def test_unknown_config_field_is_named(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "colour": "red"}))
     with pytest.raises(ValueError, match=r"config\.json: unknown field 'colour'"):
         load_checkpoint(saved / "model.safetensors")
 
 
-def test_a_config_of_another_model_does_not_fit_the_weights(saved):
+def test_config_of_another_model_does_not_match_the_weights(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "depth": 3}))
     with pytest.raises(ValueError, match=r"model\.safetensors: missing tensor 'blocks\.2\."):
@@ -117,17 +117,17 @@ def test_a_config_of_another_model_does_not_fit_the_weights(saved):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_missing_file_is_named(saved, name):
+def test_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(FileNotFoundError, match=name.replace(".", r"\.")):
         load_checkpoint(saved / "model.safetensors")
 
 
-def test_a_directory_and_a_file_resolve_to_the_weights(saved):
+def test_directory_and_file_resolve_to_the_weights(saved):
     assert resolve(saved) == resolve(str(saved)) == resolve(saved / "model.safetensors") == saved / "model.safetensors"
 
 
-def test_what_is_no_checkpoint_does_not_resolve(saved, tmp_path):
+def test_other_sources_do_not_resolve(saved, tmp_path):
     (tmp_path / "old.pth").write_bytes(b"")
     (tmp_path / "notes.txt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"old\.pth: expected a directory .* run `hear-weights import`"):
@@ -141,11 +141,11 @@ def test_what_is_no_checkpoint_does_not_resolve(saved, tmp_path):
         resolve(saved, revision="main")
 
 
-def test_an_existing_directory_comes_before_a_repository_of_that_name(saved, tmp_path, monkeypatch):
+def test_existing_directory_takes_precedence_over_a_repository_of_that_name(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("org")
     saved.rename("org/name")
-    monkeypatch.setattr(checkpoint.hub, "fetch_checkpoint", lambda *a: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(checkpoint.hub, "fetch_checkpoint", lambda *a: pytest.fail("the Hub was asked"))
     assert resolve("org/name").is_file()
 
 
@@ -154,16 +154,25 @@ def test_saving_again_replaces_both_files(saved):
     assert load_checkpoint(saved / "model.safetensors").config.family == "ssast"
 
 
-def test_an_interrupted_write_leaves_what_was_there(tmp_path):
+def test_arguments_of_save_checkpoint_in_the_wrong_order_are_named(tmp_path):
+    encoder = build_encoder(SMALL_CONFIGS["axlstm"], seed=1)
+    with pytest.raises(TypeError, match=r"expected save_checkpoint\(directory, encoder\), got .*AxLSTM.*, \w*Path\)"):
+        save_checkpoint(encoder, tmp_path)
+    with pytest.raises(TypeError, match=r"expected save_checkpoint\(directory, encoder\)"):
+        save_checkpoint(tmp_path, encoder.config)
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"before")
     with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
-        file.write(b"half of what")
+        file.write(b"half of the new")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["file"]
 
 
-def test_fingerprints_tell_weights_and_architectures_apart():
+def test_fingerprint_depends_on_weights_and_config():
     one, same, other = (build_encoder(SMALL_CONFIGS["axlstm"], seed=seed) for seed in (1, 1, 2))
     assert fingerprint(one) == fingerprint(same) != fingerprint(other)
     flipped = build_encoder(SMALL_CONFIGS["axlstm_flip"], seed=1)  # the same tensors

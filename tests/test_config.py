@@ -1,4 +1,4 @@
-"""Configurations: what is in them, how they travel, what they refuse."""
+"""Configs: the presets, reading and writing, and the values that are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def parameters(config) -> int:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_survives_json(name):
+def test_every_preset_is_read_back_from_json(name):
     config = preset(name)
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
@@ -53,14 +53,14 @@ def test_presets_have_the_papers_dimensions():
         (PRESETS["ssast_tiny"], 5.4),
     ],
 )
-def test_parameter_counts_are_the_papers(config, millions):
-    # The paper counts the pretrained model: its mask token, and its head Linear, GELU, Linear(patch size).
+def test_parameter_counts_equal_the_papers(config, millions):
+    # The paper counts the pretrained model, with its mask token and its head: Linear, GELU, Linear(patch size).
     dim = config.dim
     head = dim + (dim * dim + dim) + (dim * config.patches.patch_size + config.patches.patch_size)
     assert round((parameters(config) + head) / 1e6, 1) == millions
 
 
-def test_an_unknown_preset_lists_the_known_ones():
+def test_error_for_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown preset 'axlstm_huge'; expected one of: audiomaepp_tiny, "):
         preset("axlstm_huge")
 
@@ -71,7 +71,8 @@ def test_patch_sizes_of_the_axlstm_paper_give_its_patch_counts(patch):
     assert PatchConfig(patch_frames=frames, patch_bands=bands).patches == count
 
 
-def broken(**changes):
+def invalid(**changes):
+    """Return a valid config's values with changes; `...` deletes a field."""
     values = config_to_dict(preset("axlstm_tiny"))
     for name, value in changes.items():
         if value is ...:
@@ -84,36 +85,36 @@ def broken(**changes):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (broken(colour="red"), "config.json: unknown field 'colour'"),
-        (broken(expansion=...), "config.json: missing field 'expansion'"),
-        (broken(patches=...), "config.json: missing field 'patches'"),
-        (broken(patches={"bands": 80}), "config.json: patches: missing field 'chunk_frames'"),
-        (broken(patches=3), "config.json: patches: expected a JSON object, got int"),
+        (invalid(colour="red"), "config.json: unknown field 'colour'"),
+        (invalid(expansion=...), "config.json: missing field 'expansion'"),
+        (invalid(patches=...), "config.json: missing field 'patches'"),
+        (invalid(patches={"bands": 80}), "config.json: patches: missing field 'chunk_frames'"),
+        (invalid(patches=3), "config.json: patches: expected a JSON object, got int"),
         (
-            broken(family="lstm"),
+            invalid(family="lstm"),
             "config.json: field 'family' must be one of audiomaepp, axlstm, mae, ssast; got 'lstm'",
         ),
-        (broken(family=["mae"]), r"config.json: field 'family' must be one of .*; got \['mae'\]"),
-        (broken(family=...), "config.json: field 'family' must be one of .*; got None"),
-        (broken(dim="192"), "config.json: AxLSTMConfig.dim must be int, got '192'"),
-        (broken(dim=192.0), "config.json: AxLSTMConfig.dim must be int, got 192.0"),
-        (broken(flip=1), "config.json: AxLSTMConfig.flip must be bool, got 1"),
-        (broken(depth=0), "config.json: AxLSTMConfig.depth must be at least 1, got 0"),
-        (broken(depth=True), "config.json: AxLSTMConfig.depth must be int, got True"),
-        (broken(heads=5), "config.json: AxLSTMConfig.heads = 5 must divide inner_dim = 576"),
-        (broken(input_gate="tanh"), "AxLSTMConfig.input_gate must be one of 'exponential', 'sigmoid'; got 'tanh'"),
+        (invalid(family=["mae"]), r"config.json: field 'family' must be one of .*; got \['mae'\]"),
+        (invalid(family=...), "config.json: field 'family' must be one of .*; got None"),
+        (invalid(dim="192"), "config.json: AxLSTMConfig.dim must be int, got '192'"),
+        (invalid(dim=192.0), "config.json: AxLSTMConfig.dim must be int, got 192.0"),
+        (invalid(flip=1), "config.json: AxLSTMConfig.flip must be bool, got 1"),
+        (invalid(depth=0), "config.json: AxLSTMConfig.depth must be at least 1, got 0"),
+        (invalid(depth=True), "config.json: AxLSTMConfig.depth must be int, got True"),
+        (invalid(heads=5), "config.json: AxLSTMConfig.heads = 5 must divide inner_dim = 576"),
+        (invalid(input_gate="tanh"), "AxLSTMConfig.input_gate must be one of 'exponential', 'sigmoid'; got 'tanh'"),
         ([1, 2], "config.json: field 'family' must be one of"),
         ("axlstm", "config.json: field 'family' must be one of"),
     ],
 )
-def test_a_wrong_config_is_refused_by_file_and_field(values, message, tmp_path):
+def test_error_for_an_invalid_config_names_file_and_field(values, message, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
         read_config(path)
 
 
-def test_a_config_file_that_is_not_json_is_named(tmp_path):
+def test_config_file_that_is_not_json_is_named(tmp_path):
     path = tmp_path / "config.json"
     for content in (b"{", b"\xff\xfe\x00", b""):
         path.write_bytes(content)
@@ -139,7 +140,7 @@ def test_impossible_transformers_are_refused(arguments, message):
         TransformerConfig(depth=2, **arguments)
 
 
-def test_patches_must_tile_the_chunk():
+def test_patches_must_tile_the_segment():
     with pytest.raises(ValueError, match="patch_bands = 24 must divide bands = 80"):
         PatchConfig(patch_bands=24)
 
@@ -149,7 +150,7 @@ def test_configs_are_immutable():
         preset("mae_tiny").dim = 3
 
 
-def test_a_seed_builds_the_same_encoder_and_leaves_the_global_generator_alone():
+def test_seed_determines_the_encoder_and_leaves_the_global_generator_alone():
     config = TransformerConfig("mae", dim=48, depth=1, heads=3)
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -160,6 +161,6 @@ def test_a_seed_builds_the_same_encoder_and_leaves_the_global_generator_alone():
     assert not torch.equal(one.patch_projection.weight, other.patch_projection.weight)
 
 
-def test_building_from_what_is_no_configuration_is_an_error():
+def test_building_from_anything_but_a_config_is_an_error():
     with pytest.raises(TypeError, match=r"such as preset\('axlstm_tiny'\), got 'axlstm_tiny'"):
         build_encoder("axlstm_tiny")

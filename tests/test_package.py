@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works where there is nothing else."""
+"""The wheel: its content, and that it works when nothing else is installed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ SMALL = {
     "hear_audiomaepp": TransformerConfig("audiomaepp", dim=48, depth=1, heads=3),
     "hear_axlstm": AxLSTMConfig("axlstm", dim=48, depth=1),
 }
-NOT_OF_THE_SOURCE = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+IGNORED = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 
 
 @dataclass(frozen=True)
 class Built:
-    """A copy of the working tree, and what `python -m build` made of it."""
+    """A copy of the working tree, and the wheel and sdist that `python -m build` made from it."""
 
     tree: Path
     wheel: Path
@@ -44,12 +44,12 @@ class Built:
 
     @property
     def names(self) -> list[str]:
-        """Files in the wheel."""
+        """Return the names of the wheel's files."""
         with zipfile.ZipFile(self.wheel) as archive:
             return archive.namelist()
 
     def text(self, name: str) -> str:
-        """A file of the wheel's .dist-info directory."""
+        """Return a file from the wheel's .dist-info directory."""
         with zipfile.ZipFile(self.wheel) as archive:
             return archive.read(f"hear_audiomaepp-{hear_encoders.__version__}.dist-info/{name}").decode()
 
@@ -60,9 +60,9 @@ class Built:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Build the sdist and, out of it, the wheel. Modules without bundled weights get small ones."""
+    """Build the sdist, and the wheel from it. Modules without bundled weights get small ones."""
     tree = tmp_path_factory.mktemp("source") / "tree"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*NOT_OF_THE_SOURCE))
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*IGNORED))
     (tree / "training").mkdir(exist_ok=True)
     (tree / "training" / "__init__.py").touch()
     for package, config in SMALL.items():
@@ -81,7 +81,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture(scope="session")
 def site(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory into which the wheel, and nothing else, is installed."""
+    """Install only the wheel into a directory."""
     target = tmp_path_factory.mktemp("site")
     options = ["--no-deps", "--no-index", "--no-compile", "--quiet", "--disable-pip-version-check"]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", target, built.wheel], check=True)
@@ -90,23 +90,23 @@ def site(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(site: Path, tmp_path: Path):
-    """Run a command in an empty directory where only the installed wheel is found."""
+    """Run a command in an empty directory that sees only the installed wheel."""
     folder = tmp_path / "empty"
     folder.mkdir()
 
     def execute(*command: object) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        env |= {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+        env |= {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         return subprocess.run([str(word) for word in command], cwd=folder, env=env, capture_output=True, text=True)
 
     return execute
 
 
-def test_wheel_is_for_every_python_3_and_platform(built: Built) -> None:
+def test_wheel_is_for_python_3_on_any_platform(built: Built) -> None:
     assert built.wheel.name == f"hear_audiomaepp-{hear_encoders.__version__}-py3-none-any.whl"
 
 
-def test_wheel_holds_the_three_packages_and_nothing_else(built: Built) -> None:
+def test_wheel_contains_only_the_three_packages(built: Built) -> None:
     expected = {
         path.relative_to(built.tree).as_posix()
         for package in PACKAGES
@@ -119,29 +119,29 @@ def test_wheel_holds_the_three_packages_and_nothing_else(built: Built) -> None:
     assert expected >= {
         f"{package}/weights/{name}" for package in SMALL for name in ("config.json", "model.safetensors")
     }
-    assert (built.tree / "tests").is_dir() and (built.tree / "training").is_dir()  # they were there to be left out
+    assert (built.tree / "tests").is_dir() and (built.tree / "training").is_dir()  # but not in the wheel
     assert built.text("top_level.txt").split() == PACKAGES
 
 
-def test_metadata_is_that_of_the_project(built: Built) -> None:
+def test_metadata_is_the_projects(built: Built) -> None:
     metadata = built.metadata
     assert metadata["Name"] == "hear-audiomaepp"
     assert metadata["Version"] == hear_encoders.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Summary"]
-    assert set(metadata.get_all("Provides-Extra")) == {"parquet", "test", "train"}
+    assert set(metadata.get_all("Provides-Extra")) == {"lint", "parquet", "test", "train"}
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {re.match(r"[\w-]+", line)[0] for line in required}
     assert names == {"torch", "numpy", "safetensors", "huggingface_hub", "soundfile", "soxr", "tqdm"}
     assert not any("torchaudio" in line for line in metadata.get_all("Requires-Dist"))
 
 
-def test_licence_card_and_readme_travel_with_the_wheel(built: Built) -> None:
+def test_wheel_has_licence_model_card_and_readme(built: Built) -> None:
     assert (ROOT / "LICENSE").is_file() and (ROOT / "README.md").is_file()
     assert built.metadata.get_all("License-File", []) == ["LICENSE", "MODEL_CARD.md"]
     assert "Apache License" in built.text("licenses/LICENSE")
-    assert "Licence\n\nThe weights" in built.text("licenses/MODEL_CARD.md")  # theirs is in their card
+    assert "Licence\n\nThe weights" in built.text("licenses/MODEL_CARD.md")  # the weights' licence
     assert built.metadata["Description-Content-Type"] == "text/markdown"
     assert built.metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
 
@@ -155,7 +155,7 @@ def test_commands_are_declared(built: Built) -> None:
     }
 
 
-def test_sdist_holds_what_the_wheel_is_made_of(built: Built) -> None:
+def test_sdist_contains_the_sources_of_the_wheel(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert "pyproject.toml" in names
@@ -199,7 +199,7 @@ def test_wheel_works_from_an_empty_directory_with_its_bundled_weights(built: Bui
 
 @pytest.fixture(scope="session")
 def scripts(site: Path) -> dict[str, Path]:
-    """The two commands as pip installed them."""
+    """Return the two commands' installed scripts by name."""
     found = {path.stem: path for path in (site / ("Scripts" if os.name == "nt" else "bin")).iterdir()}
     assert sorted(found) == ["hear-embed", "hear-weights"]
     return found

@@ -1,4 +1,4 @@
-"""The papers' released code, reproduced: every golden checkpoint, through the commands a user runs."""
+"""The papers' released code is reproduced: every golden checkpoint, imported by the command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def import_arguments(name, config):
 
 @pytest.fixture(params=CHECKPOINTS)
 def imported(request, golden, tmp_path):
-    """A golden checkpoint imported by the command: its directory, HEAR module, golden tensors and config."""
+    """Import a golden checkpoint; return its directory, HEAR module, golden tensors and released config."""
     tensors, config = golden(request.param)
     directory = tmp_path / "imported"
     arguments = import_arguments(request.param, config)
@@ -59,7 +59,7 @@ def test_encoder_alone_equals_the_released_code(imported):
     assert_equal(ReferenceFraming(encoder.config.patches).group(tokens), tensors["io/features"])
 
 
-def test_architecture_is_told_from_the_tensors(imported):
+def test_architecture_is_inferred_from_the_tensors(imported):
     directory, _, _, released = imported
     config = load_checkpoint(directory / "model.safetensors").config
     family = {"MAE_PlusPlus": "mae", "xLSTM_SSAST": "axlstm", "SSAST": "ssast"}[released["model"]]
@@ -74,7 +74,7 @@ def test_architecture_is_told_from_the_tensors(imported):
         assert config.swiglu_norm == ("attention" if family == "audiomaepp" else "own")
 
 
-def test_default_options_on_an_imported_directory_use_exact_framing(imported):
+def test_exact_framing_is_the_default_for_imported_checkpoints(imported):
     directory, module, tensors, _ = imported
     model = module.load_model(str(directory))
     embeddings, timestamps = module.get_timestamp_embeddings(tensors["io/audio.32000"], model)
@@ -82,26 +82,26 @@ def test_default_options_on_an_imported_directory_use_exact_framing(imported):
     assert torch.equal(timestamps[0], 40 * torch.arange(50.0) + 15)
 
 
-def test_regrouping_takes_five_times_of_one_row():
+def test_reference_framing_groups_five_times_of_one_row():
     tokens = torch.arange(250.0)[None, :, None]  # token number as its only channel
     regrouped = ReferenceFraming(PatchConfig()).group(tokens)
     assert regrouped.shape == (1, 50, 5)
     assert regrouped[0, 7].tolist() == [7, 57, 107, 157, 207]
 
 
-def test_padding_is_a_full_chunk_where_none_is_needed():
+def test_reference_framing_pads_full_segments_by_another_one():
     framing = ReferenceFraming(PatchConfig())
     assert [framing.pad_count(frames) for frames in (1, 199, 200, 201, 400)] == [199, 1, 200, 199, 200]
-    assert framing.step_count(199 * 160) == 50  # 200 frames: the extra chunk is dropped again
+    assert framing.step_count(199 * 160) == 50  # 200 frames: the extra segment is dropped again
 
 
-def test_heads_are_needed_for_attention_and_checked_where_they_can_be():
+def test_heads_are_required_for_attention_without_rope_and_checked_with_it():
     for name in ("mae", "audiomaepp", "ssast"):
-        with pytest.raises(ValueError, match=rf"{name}\.pth: the number of attention heads cannot be told"):
+        with pytest.raises(ValueError, match=rf"{name}\.pth: its tensors do not show the number of attention heads"):
             import_checkpoint(GOLDEN / f"{name}.pth")
     with pytest.raises(ValueError, match=r"TransformerConfig\.heads = 7 must divide dim = 48"):
         import_checkpoint(GOLDEN / "mae.pth", heads=7)
-    with pytest.raises(ValueError, match="RoPE frequencies are those of 3 heads, got 4"):
+    with pytest.raises(ValueError, match="RoPE frequencies belong to 3 heads, got 4"):
         import_checkpoint(GOLDEN / "audiomaepp_rope.pth", heads=4)
     assert import_checkpoint(GOLDEN / "audiomaepp_rope.pth")[0].heads == 3
     assert import_checkpoint(GOLDEN / "axlstm_e3_flip.pth")[0].heads == 4
@@ -113,8 +113,8 @@ def test_the_input_gate_of_an_axlstm_can_be_given(tmp_path):
     assert load_checkpoint(tmp_path / "model.safetensors").config.input_gate == "sigmoid"
 
 
-def rewritten(tmp_path, change):
-    """The golden MAE checkpoint with its model's tensors changed."""
+def rewrite(tmp_path, change):
+    """Apply `change` to the golden MAE checkpoint; return the path of the result."""
     checkpoint = torch.load(GOLDEN / "mae.pth", weights_only=False)
     change(checkpoint)
     path = tmp_path / "changed.pth"
@@ -128,7 +128,7 @@ def test_wrapped_and_bare_checkpoints_are_read(tmp_path):
     def wrap(checkpoint):
         checkpoint["model"] = {f"module._orig_mod.{name}": t for name, t in checkpoint["model"].items()}
 
-    wrapped = import_checkpoint(rewritten(tmp_path, wrap), heads=3)
+    wrapped = import_checkpoint(rewrite(tmp_path, wrap), heads=3)
     bare = tmp_path / "bare.pth"
     torch.save(torch.load(GOLDEN / "mae.pth", weights_only=False)["model"], bare)
     for config, tensors in (wrapped, import_checkpoint(bare, heads=3)):
@@ -150,8 +150,8 @@ def test_wrapped_and_bare_checkpoints_are_read(tmp_path):
         (lambda c: c.update(model=[1, 2]), "expected a dictionary with the model's tensors under 'model'"),
     ],
 )
-def test_a_foreign_or_incomplete_checkpoint_is_named(change, message, tmp_path, capsys):
-    path = rewritten(tmp_path, change)
+def test_incomplete_or_unknown_checkpoint_is_named(change, message, tmp_path, capsys):
+    path = rewrite(tmp_path, change)
     assert weights_main(["import", str(path), str(tmp_path / "out"), "--heads", "3"]) == 2
     error = capsys.readouterr().err
     assert "changed.pth" in error and message in error
@@ -159,7 +159,7 @@ def test_a_foreign_or_incomplete_checkpoint_is_named(change, message, tmp_path, 
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 cut short"])
-def test_a_file_that_is_no_checkpoint_is_named(content, tmp_path):
+def test_file_of_another_format_is_named(content, tmp_path):
     path = tmp_path / "foreign.pth"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"foreign\.pth: not a readable torch checkpoint"):
@@ -169,7 +169,7 @@ def test_a_file_that_is_no_checkpoint_is_named(content, tmp_path):
 
 
 class Trap:
-    """Pickles to a call that would leave a file behind."""
+    """An object whose unpickling calls a function that would leave a file behind."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -182,14 +182,14 @@ class Trap:
 def test_nothing_in_the_pickle_is_executed(function, tmp_path):
     trace = tmp_path / "executed"
     argument = str(trace) if function is os.mkdir else f"import os; os.mkdir({str(trace)!r})"
-    path = rewritten(tmp_path, lambda c: c.update(args=argparse.Namespace(trap=Trap(function, argument))))
+    path = rewrite(tmp_path, lambda c: c.update(args=argparse.Namespace(trap=Trap(function, argument))))
     try:
         config, _ = import_checkpoint(path, heads=3)
-        assert config.dim == 48  # read, with the trap replaced by something inert
-    except ValueError as error:  # refused, which is as good
+        assert config.dim == 48  # read, with the trap made inert
+    except ValueError as error:  # or refused
         assert "changed.pth" in str(error)
     assert not trace.exists()
-    with pytest.raises((FileExistsError, pickle.UnpicklingError, TypeError)):  # the trap is real
+    with pytest.raises((FileExistsError, pickle.UnpicklingError, TypeError)):  # the trap works
         trace.mkdir()
         torch.load(path, weights_only=False)
         raise TypeError
