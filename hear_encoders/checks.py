@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 PEAK_WORTH_A_WARNING = 10.0  # samples are meant to lie in [-1, 1]
+LEAST_INTEGER_PEAK = 256.0  # louder audio is probably integers that were not scaled
 LARGEST_PEAK = 1e15  # beyond it the float32 power spectrum overflows
 
 # A batch of more clips than this, none longer than a recording has channels, is a recording with its axes swapped.
@@ -69,10 +70,8 @@ def warn_if_loud(peak: float, name: str, stacklevel: int) -> bool:
     """Warn if samples lie far outside [-1, 1]; return whether they do."""
     loud = peak > PEAK_WORTH_A_WARNING
     if loud:
-        warnings.warn(
-            f"{name} peaks at {peak:g}; samples are expected in [-1, 1]. Divide 16-bit integer samples by 32768.",
-            stacklevel=stacklevel,
-        )
+        hint = " Divide 16-bit integer samples by 32768." if peak > LEAST_INTEGER_PEAK else ""
+        warnings.warn(f"{name} peaks at {peak:g}; samples are expected in [-1, 1].{hint}", stacklevel=stacklevel)
     return loud
 
 
