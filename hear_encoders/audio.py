@@ -59,7 +59,7 @@ def read_audio(path: str | os.PathLike[str]) -> Iterator[Tensor]:
     """Read an audio file block by block, for hours of audio; otherwise as `load_audio`.
 
     Yields:
-        (n,) float32, made from 2^18 samples at the file's rate; may be empty.
+        (n,) float32, made from up to 2^18 frames at the file's rate; may be empty.
     """
     path = Path(path)
     if not path.is_file():

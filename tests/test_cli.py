@@ -247,7 +247,7 @@ def test_scene_embeddings_equal_those_of_each_file_alone(embed, recordings, expe
     assert sorted(scenes) == RECORDINGS
     for name, scene in scenes.items():
         assert_close(scene, expected(recordings / name))
-    assert np.stack(list(scenes.values())).std(axis=0).max() > 0.01  # files differ: the test means something
+    assert np.stack(list(scenes.values())).std(axis=0).max() > 0.01  # or the comparison would be vacuous
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -611,7 +611,7 @@ def test_file_name_that_is_not_unicode_does_not_stop_the_others(embed, recording
     folder.mkdir()
     shutil.copy(recordings / "a.wav", folder / os.fsdecode(b"caf\xe9.wav"))
     shutil.copy(recordings / "a.wav", folder / "tea.wav")
-    stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")  # as Python's; pytest's raises
+    stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")  # like Python's
     monkeypatch.setattr(sys, "stderr", stderr)
     code = embed(folder, "-o", "out.npz").code
     stderr.flush()
