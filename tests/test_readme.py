@@ -99,8 +99,7 @@ def test_continuous_integration_runs_the_readmes_test_command():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_into_the_tree_leads_somewhere(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^):]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+    for link in re.findall(r"\]\(([^):]+)\)", without_code(ROOT / page)):
         path, _, heading = link.partition("#")
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), link
@@ -108,7 +107,11 @@ def test_every_link_into_the_tree_leads_somewhere(page):
             assert heading in headings(target), link
 
 
+def without_code(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def headings(page: Path) -> set[str]:
     """The anchors that GitHub gives a page's headings."""
-    lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines = re.findall(r"^#+ (.*)$", without_code(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
