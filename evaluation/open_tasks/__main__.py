@@ -87,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "out_dir", type=output_path, help="folder for task folders and nothing else, as heareval's --tasks-dir expects"
+        "out_dir",
+        type=output_path,
+        metavar="OUT_DIR",
+        help="folder for task folders and nothing else, as heareval's --tasks-dir expects",
     )
     parser.add_argument(
         "--tasks",
@@ -100,10 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cache",
         type=output_path,
+        metavar="FOLDER",
         default=archive.default_cache(),
         help="folder for unpacked packages (default: %(default)s)",
     )
-    parser.add_argument("--jobs", type=positive(int), default=2, help="threads that make clips (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=positive(int), default=2, metavar="N", help="threads that make clips (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.cache.resolve().is_relative_to(args.out_dir.resolve()):
         parser.error("--cache must not be inside OUT_DIR, which is for tasks only")
