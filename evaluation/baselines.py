@@ -3,7 +3,7 @@
     python -m evaluation run --module evaluation.baselines --name logmel ...
     python -m evaluation run --module evaluation.baselines --option untrained=axlstm_tiny ...
 
-Untrained encoders are here because `hear_axlstm.load_model()` and its twin load the bundled weights by default.
+Untrained encoders are an option here because `load_model()` of `hear_audiomaepp` and `hear_axlstm` needs weights.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ with contextlib.suppress(ModuleNotFoundError):
     import opensmile  # noqa: F401
 
 SIZE = 6373
-CLIP_SECONDS = 2.0  # length of the clips that mean and standard deviation are measured on: that of many tasks' clips
+CLIP_SECONDS = 2.0  # clips to measure mean and standard deviation on; about as long as the tasks' clips
 LARGEST = 10.0  # standard deviations; larger values are clipped
 
 
