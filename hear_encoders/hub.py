@@ -54,7 +54,9 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> Path:
     where = f"{repo_id!r} at {'its default branch' if revision is None else f'revision {revision!r}'}"
     with _clear_errors(f"fetch {CONFIG_FILE} of {where}", repo_id):
         config = Path(hf_hub_download(repo_id, CONFIG_FILE, revision=revision))
-    commit = config.parent.name  # pinned: the branch may move before the second download
+    # Pin the commit: the branch may move before the second download. snapshot_download pins it, too, but needs two more
+    # requests, and returns an incomplete directory for a file of another commit or after some failed look-ups.
+    commit = config.parent.name
     with _clear_errors(f"fetch {WEIGHTS_FILE} of {where} (commit {commit})", repo_id):
         weights = Path(hf_hub_download(repo_id, WEIGHTS_FILE, revision=commit))
     if weights.parent != config.parent:

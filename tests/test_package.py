@@ -6,6 +6,7 @@ import configparser
 import email.message
 import email.parser
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import pytest
 
 import hear_encoders
 from hear_encoders import AxLSTMConfig, TransformerConfig, build_encoder, load_audio, load_checkpoint, save_checkpoint
+from hear_encoders.files import locked
 
 pytest.importorskip("build")
 pytest.importorskip("pip")
@@ -60,8 +62,22 @@ class Built:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Build the sdist, and the wheel from it. Modules without bundled weights get small ones."""
-    tree = tmp_path_factory.mktemp("source") / "tree"
+    """Build the sdist, and the wheel from it, once for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ and os.name != "nt":  # `locked` does nothing on Windows
+        folder = folder.parent
+    folder /= "package"
+    folder.mkdir(exist_ok=True)
+    with locked(folder, wait_s=math.inf):
+        if not list(folder.glob("*.whl")):
+            build(folder)
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return Built(folder / "tree", wheel, sdist)
+
+
+def build(folder: Path) -> None:
+    """Copy the working tree and build it. Modules without bundled weights get small ones."""
+    tree = folder / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*IGNORED))
     (tree / "training").mkdir(exist_ok=True)
     (tree / "training" / "__init__.py").touch()
@@ -69,22 +85,23 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         if not (tree / package / "weights").exists():
             save_checkpoint(tree / package / "weights", build_encoder(config, seed=1).eval())
     process = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", tree.parent, tree],
-        cwd=tree.parent,
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree],
+        cwd=folder,
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    (wheel,), (sdist,) = tree.parent.glob("*.whl"), tree.parent.glob("*.tar.gz")
-    return Built(tree, wheel, sdist)
 
 
 @pytest.fixture(scope="session")
-def site(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(built: Built) -> Path:
     """Install only the wheel into a directory."""
-    target = tmp_path_factory.mktemp("site")
+    target = built.tree.parent / "site"
     options = ["--no-deps", "--no-index", "--no-compile", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", target, built.wheel], check=True)
+    with locked(built.tree.parent, wait_s=math.inf):
+        if not target.exists():
+            command = [sys.executable, "-m", "pip", "install", *options, "--target", target, built.wheel]
+            subprocess.run(command, check=True)
     return target
 
 
@@ -130,7 +147,7 @@ def test_metadata_is_the_projects(built: Built) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Summary"]
-    assert set(metadata.get_all("Provides-Extra")) == {"lint", "parquet", "test", "train"}
+    assert set(metadata.get_all("Provides-Extra")) == {"eval", "lint", "parquet", "test", "train"}
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {re.match(r"[\w-]+", line)[0] for line in required}
     assert names == {"torch", "numpy", "safetensors", "huggingface_hub", "soundfile", "soxr", "tqdm"}
