@@ -286,8 +286,8 @@ class Trainer:
         limit = math.inf if config.clip_grad is None else config.clip_grad
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # Reading these waits for the device, before the optimizers are queued. That costs little, and keeps values
-        # that are not finite out of the weights.
+        # Reading these waits for the device, which then idles while the optimizers are queued. In return, values that
+        # are not finite stay out of the weights.
         mean_loss, stop, norm = torch.stack([*outcome, norm.float()]).tolist()
         self.stopping = stop > 0
         if not math.isfinite(mean_loss):
