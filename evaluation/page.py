@@ -121,10 +121,8 @@ def _card(task: str, comparison: Comparison, results: Results) -> _Card:
     classes = next((result.classes for result in measured if result.classes), None)
     clips = next((result.clips for result in measured if result.clips), None)
     chance = 100 / classes if classes and metric in _CHANCE_METRICS else None
-    about = [
-        _metric_in_words(metric),
-        *(f"{count} {of}" for count, of in ((classes, "classes"), (clips, "clips")) if count),
-    ]
+    about = [_metric_in_words(metric)]
+    about += [f"{count} {unit}" for count, unit in ((classes, "classes"), (clips, "clips")) if count]
     if chance is not None:
         about.append(f"chance {chance:.1f}")
     hear = next((result.hear for result in measured if result.hear), None)

@@ -97,7 +97,8 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return kind(**{key.name: value.get(key.name) for key in fields(kind)})
+    known: dict[str, Any] = {key.name: value.get(key.name) for key in fields(kind)}
+    return kind(**known)
 
 
 # ---- one model's folder, as the driver fills it ----
