@@ -169,7 +169,8 @@ LAYERS = [
     ["hear_encoders.nn.build", "hear_encoders.nn.axlstm_offline", "hear_encoders.nn.axlstm_online"],
     ["hear_encoders.nn.axlstm_folded"],
     ["hear_encoders.nn.axlstm", "hear_encoders.nn.transformer"],
-    ["hear_encoders.nn.patches", "hear_encoders.nn.mlstm", "hear_encoders.nn.frontend"],
+    ["hear_encoders.nn.patches", "hear_encoders.nn.mlstm_segment", "hear_encoders.nn.frontend"],
+    ["hear_encoders.nn.mlstm"],
     ["hear_encoders.config"],
     ["hear_encoders.files", "hear_encoders.console"],
 ]

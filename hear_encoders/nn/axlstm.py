@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from hear_encoders.config import AxLSTMConfig
 from hear_encoders.nn.mlstm import DEFAULT_CHUNK, MLSTMMode, mlstm
+from hear_encoders.nn.mlstm_segment import mlstm_segment
 from hear_encoders.nn.patches import PatchEncoder
 
 BLOCK_NORM_EPS = 1e-5
@@ -48,10 +49,14 @@ def merged_blocks(blocks: int, heads: int, size: int) -> int:
     return math.gcd(blocks if blocks % heads else blocks // heads, max(1, MATMUL_SIZE // size))
 
 
-def project_to_heads(x: Tensor, projections: Sequence[BlockDiagonal], heads: int) -> list[Tensor]:
-    """Apply several projections to one input and split each into heads: (B, S, I) -> (B, H, S, I/H), contiguous."""
+def project_to_heads(x: Tensor, weights: Sequence[Tensor], heads: int) -> list[Tensor]:
+    """Apply block-diagonal maps to one input and split each into heads: (B, S, I) -> (B, H, S, I/H), contiguous.
+
+    Args:
+        weights: (blocks, out, in) each.
+    """
     batch, length, _ = x.shape
-    weight = torch.stack([projection.weight for projection in projections], dim=1)  # (blocks, maps, out, in)
+    weight = torch.stack(list(weights), dim=1)  # (blocks, maps, out, in)
     blocks, _, _, size = weight.shape
     aligned = blocks % heads == 0
     merged = merged_blocks(blocks, heads, size)
@@ -59,7 +64,7 @@ def project_to_heads(x: Tensor, projections: Sequence[BlockDiagonal], heads: int
     weight = torch.diag_embed(weight, dim1=1, dim2=4)  # zeros between: (groups, merged, in, maps, merged, out)
     weight = weight.flatten(3).flatten(1, 2)  # (groups, merged * in, maps * merged * out)
     x = x.reshape(batch * length, -1, merged * size).transpose(0, 1)  # (groups, B S, merged * in)
-    y = (x @ weight).unflatten(2, (len(projections), -1)).unflatten(1, (batch, length))
+    y = (x @ weight).unflatten(2, (len(weights), -1)).unflatten(1, (batch, length))
     if not aligned:  # some blocks lie in two heads: order the channels first
         y = y.permute(3, 1, 2, 0, 4).flatten(3).unflatten(3, (heads, -1))  # (maps, B, S, H, I/H)
         return [part.transpose(1, 2).contiguous() for part in y]
@@ -143,14 +148,34 @@ class MLSTMBlock(nn.Module):
         self.down = nn.Linear(inner, config.dim, bias=False)
 
     def forward(self, x: Tensor, mode: MLSTMMode = "chunkwise", chunk_size: int = DEFAULT_CHUNK) -> Tensor:
-        inner, z = self.up(self.norm(x)).chunk(2, dim=-1)  # each (B, S, I)
+        normed, (up_x, up_z) = self.norm(x), self.up.weight.chunk(2)
+        inner, z = F.linear(normed, up_x), F.linear(normed, up_z)  # each (B, S, I)
         convolved = F.silu(self.conv(inner))
-        q, k = project_to_heads(convolved, [self.q, self.k], self.heads)  # (B, H, S, I/H)
-        (v,) = project_to_heads(inner, [self.v], self.heads)
+        (v,) = project_to_heads(inner, [self.v.weight], self.heads)  # (B, H, S, I/H)
         log_i, log_f = self.gates(convolved, inner)
-        h, _ = mlstm(q, k, v, log_i, log_f, mode=mode, chunk_size=chunk_size, want_state=False)
+        h = None
+        if mode == "chunkwise" and self._trains_on_cpu(x):
+            with torch.autocast("cpu", enabled=False):
+                # Only products of queries and keys count: q_t . k_s = c_t . (Wq^T Wk) c_s.
+                c_to_k = self.q.weight.mT @ self.k.weight
+            (k,) = project_to_heads(convolved, [c_to_k], self.heads)
+            h = mlstm_segment(convolved.unflatten(2, (self.heads, -1)).transpose(1, 2), k, v, log_i, log_f)
+        if h is None:
+            q, k = project_to_heads(convolved, [self.q.weight, self.k.weight], self.heads)
+            h, _ = mlstm(q, k, v, log_i, log_f, mode=mode, chunk_size=chunk_size, want_state=False)
         h = self.head_norm(h, self.skip * convolved.to(h.dtype))  # (B, S, I) float32
         return x + self.down(h * F.silu(z))
+
+    def _trains_on_cpu(self, x: Tensor) -> bool:
+        """Whether `mlstm_segment` is the fast form: on a CPU, with gradients, and no block that lies in two heads."""
+        return (
+            type(x) is Tensor  # not one without values, as FLOP counters use
+            and x.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and self.q.weight.shape[0] % self.heads == 0
+            and not torch.compiler.is_compiling()
+            and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16)
+        )
 
     def gates(self, convolved: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the logarithms of the input and forget gates, float32: two (B, S, I) -> two (B, H, S).

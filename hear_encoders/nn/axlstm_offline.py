@@ -5,9 +5,8 @@ go through a block together, as many as fit in the cores' caches; tokens lie tim
 is a view; buffers are reused; and since a segment is short, its parts look back at all earlier tokens instead of
 carrying a memory C.
 
-The weight of token s at token t, exp(g_s - max(g_1..g_t)) (see `hear_encoders.nn.mlstm`), need not be computed for
-each pair: exp(g_s) scales the keys, and the factor of t cancels in h. Only if the gates are so extreme that float32
-cannot hold exp(g_s) of a whole segment are the weights computed pair by pair.
+The cell scales keys instead of weighting pairs of tokens, as `hear_encoders.nn.mlstm_segment` explains. Only if the
+gates are so extreme that float32 cannot hold the scales of a whole segment are the weights computed pair by pair.
 
 Letters in shape comments: N segments that go through a block together, S tokens of a segment (cls first), D channels
 of a token, H heads, K channels of a head, I = H * K, P channels of a merged map, L tokens of a part.
@@ -24,15 +23,9 @@ from torch import Tensor
 from hear_encoders.nn.axlstm import BLOCK_NORM_EPS, HEAD_NORM_EPS, AxLSTMEncoder
 from hear_encoders.nn.axlstm_folded import FoldedAxLSTM, FoldedBlock
 from hear_encoders.nn.mlstm import LOG_WEIGHT_FLOOR, NORMALIZER_EPS
+from hear_encoders.nn.mlstm_segment import MAX_LOG_RANGE, MIN_LOG_SCALE, PART_TOKENS, cut_into_parts
 
-# Measured on CPUs of two cores; see docs/performance.md.
-SEGMENT_TOKENS = 512  # tokens of the N segments, per thread
-PART_TOKENS = 84  # L at most: a part's products include all tokens up to its last; half of the last L x L is wasted
-
-# exp(g_s) is float32 relative to the middle between the first and the last of max(g_1..g_t), which lie at most this
-# far apart. Scales too small to be seen beside the smallest maximum become zero: their products would be denormal.
-MAX_LOG_RANGE = 80.0
-MIN_LOG_SCALE = -MAX_LOG_RANGE / 2 - 25.0
+SEGMENT_TOKENS = 512  # tokens of the N segments, per thread; measured on CPUs of two cores, see docs/performance.md
 
 
 class OfflineEncoder:
@@ -153,9 +146,7 @@ class _Workspace:
         self.h = self.x.view(-1, heads, head_dim)
 
         q, keys, v, h = by_head(self.c), by_head(k).mT, by_head(v), by_head(self.x)
-        part = -(-length // -(-length // PART_TOKENS))
         self.parts = []
-        for begin in range(0, length, part):
-            end = min(begin + part, length)
+        for begin, end in cut_into_parts(length, PART_TOKENS):
             scores = empty(segments * heads, end - begin, end)
             self.parts.append((begin, end, q[:, begin:end], keys[:, :, :end], v[:, :end], h[:, begin:end], scores))
