@@ -1,4 +1,4 @@
-"""Denormal numbers, which slow a CPU many times over, do not arise: what is silent costs what is loud."""
+"""Denormal numbers, which slow a CPU many times over, do not arise: silence takes no longer than sound."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOUNDS = {
 
 
 class Denormals(TorchDispatchMode):
-    """Counts the numbers that torch's operations give out, and the denormal ones among them."""
+    """Count the numbers that torch's operations return, and the denormal ones among them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,10 +30,10 @@ class Denormals(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         for tensor in tree_leaves(result):
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
                 continue
             if "empty" in str(function):
-                tensor.zero_()  # whatever was there before is nobody's result
+                tensor.zero_()  # uninitialized memory is no result
             magnitude = tensor.abs()
             self.numbers += tensor.numel()
             self.denormal += int(((magnitude > 0) & (magnitude < torch.finfo(tensor.dtype).tiny)).sum())
@@ -46,7 +46,7 @@ def test_no_sound_makes_denormal_numbers(package, sound):
     model = package.load_model()
     with Denormals() as counted:
         model.timestamp_embeddings(SOUNDS[sound])
-    # Of inaudible noise a few numbers of the power spectrum are.
+    # The power spectrum of inaudible noise has a few.
     assert counted.numbers > 1e6 and counted.denormal <= (10 if sound == "inaudible noise" else 0)
 
 
@@ -67,4 +67,4 @@ def test_extreme_gates_make_hardly_any_denormal_numbers(gate_i, gate_f):
         block.gate_f.bias.data += gate_f
     with Denormals() as counted:
         model.timestamp_embeddings(SOUNDS["silence"])
-    assert counted.denormal < 3e-4 * counted.numbers  # logarithms of the gates, a few numbers for each token
+    assert counted.denormal < 3e-4 * counted.numbers  # logarithms of the gates, a few numbers per token

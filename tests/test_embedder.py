@@ -34,7 +34,7 @@ def test_steps_are_40_ms_apart_from_15_ms_and_lie_within_the_clip(small_embedder
 
 
 @pytest.mark.parametrize(("frames", "first", "spacing"), [(4, 15, 40), (8, 35, 80), (2, 5, 20)])
-def test_steps_stand_at_the_centre_of_their_frames_for_other_patch_sizes(noise, frames, first, spacing):
+def test_steps_stand_at_the_center_of_their_frames_for_other_patch_sizes(noise, frames, first, spacing):
     config = AxLSTMConfig("axlstm", dim=48, depth=1, patches=PatchConfig(patch_frames=frames, patch_bands=16))
     _, timestamps = Embedder(build_encoder(config, seed=0)).timestamp_embeddings(noise(1, 48000))
     assert timestamps[0].tolist() == [first + spacing * i for i in range(int((3000 - first) // spacing) + 1)]
@@ -74,11 +74,11 @@ def test_a_click_moves_the_embedding_at_its_own_time(small_embedder, noise, kind
     before, timestamps = embedder.timestamp_embeddings(quiet)
     after, _ = embedder.timestamp_embeddings(clicked)
     moved = (after - before).norm(dim=-1)[0]
-    chunk = (timestamps[0] // 2000).int()
+    segment = (timestamps[0] // 2000).int()
     nearest = (timestamps[0] - click_ms).abs().argmin()
     assert (timestamps[0][moved.argmax()] - click_ms).abs() <= 40
     assert moved[nearest] > 0.3
-    assert moved[chunk != chunk[nearest]].max() < 1e-4  # chunks are independent
+    assert moved[segment != segment[nearest]].max() < 1e-4  # segments are independent
 
 
 @pytest.mark.parametrize("click_ms", [1000, 2400, 3333])
@@ -109,10 +109,10 @@ def test_batched_equals_single(small_encoder, noise, given):
 
 
 @pytest.mark.parametrize(("samples", "complete"), [(70000, 2), (64041, 2), (64000, 1), (32041, 1)])
-def test_a_clip_equals_itself_with_samples_appended_up_to_the_last_complete_chunk(
+def test_a_clip_equals_itself_with_samples_appended_up_to_the_last_complete_segment(
     small_encoder, noise, samples, complete
 ):
-    """A chunk is complete where the window of its last frame, 40 samples past the chunk, lies within the clip."""
+    """A segment is complete if its last frame's window, 40 samples past the segment, lies within the clip."""
     embedder = Embedder(small_encoder, statistics=STATISTICS)
     longer = torch.cat([noise(1, samples), noise(1, 41234, seed=1)], dim=1)
     short, _ = embedder.timestamp_embeddings(longer[:, :samples])
@@ -205,6 +205,7 @@ def test_results_can_be_trained_on(small_embedder, noise):
     assert head.weight.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:precision=.*takes several times as long:UserWarning")
 @pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01), ("float32", 1e-6)])
 def test_precision_changes_results_only_by_rounding(small_encoder, noise, precision, tolerance):
     audio = noise(2, 40000)
@@ -327,7 +328,7 @@ def test_silence_in_blocks_is_embedded_like_the_whole(small_embedder):
     torch.testing.assert_close(scene, embedder.scene_embeddings(clip), rtol=1e-5, atol=1e-5)
 
 
-def test_what_cannot_be_embedded_in_blocks_is_said(small_embedder, noise):
+def test_a_clip_that_cannot_be_embedded_in_blocks_is_refused(small_embedder, noise):
     with pytest.raises(ValueError, match="only exact framing"):
         small_embedder(framing="reference").embed_blocks(lambda: [noise(1, 32000)[0]])
     for statistics in (None, STATISTICS):
@@ -379,19 +380,19 @@ COMPILED = """
 import copy, pickle
 import torch
 from torch._dynamo.utils import counters
-from hear_encoders import AxLSTMConfig, Embedder, TransformerConfig, build_encoder
+from hear_encoders import AxLSTMConfig, Embedder, PatchConfig, TransformerConfig, build_encoder
 
 audio = 0.1 * torch.randn(9, 72_000, generator=torch.Generator().manual_seed(0))
 for config, precision in (
     (TransformerConfig("audiomaepp", dim=48, depth=1, heads=3), "float32"),
-    (AxLSTMConfig("axlstm", dim=48, depth=1), "bfloat16"),
+    (AxLSTMConfig("axlstm", dim=48, depth=1, patches=PatchConfig(patch_frames=8)), "bfloat16"),
 ):
     plain = Embedder(build_encoder(config, seed=1).eval(), precision=precision)
     compiled = Embedder(build_encoder(config, seed=1).eval(), precision=precision, compile=True)
-    for clips, samples in ((9, 32_000), (1, 32_000), (3, 72_000), (2, 20_000)):  # full chunks and shorter ones
+    for clips, samples in ((9, 32_000), (1, 32_000), (3, 72_000), (2, 20_000)):  # full segments and shorter ones
         expected, got = (model.timestamp_embeddings(audio[:clips, :samples])[0] for model in (plain, compiled))
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 if precision == "float32" else 0.1)
-    assert 1 <= counters["stats"]["unique_graphs"] <= 3, counters["stats"]  # one chunk, and several
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3, counters["stats"]  # one segment, and several
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     again = pickle.loads(pickle.dumps(copy.deepcopy(compiled)))
     torch.testing.assert_close(again.scene_embeddings(audio), compiled.scene_embeddings(audio))
@@ -401,17 +402,17 @@ for config, precision in (
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_encoder_gives_what_the_plain_one_gives_and_is_compiled_for_full_chunks_only():
-    # in a process of its own: what torch.compile imports and keeps is no matter of the other tests
+def test_a_compiled_encoder_equals_the_plain_one_and_is_compiled_for_full_segments_only():
+    # In its own process, because torch.compile imports and keeps much.
     subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=600)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have allocators of their own")
 @pytest.mark.parametrize("threads", ["1", "2"])
-def test_calls_find_their_memory_in_place(threads):
+def test_calls_reuse_freed_memory(threads):
     program = [sys.executable, "-c", PAGE_FAULTS_PROGRAM, threads]
     result = subprocess.run(program, capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 200  # pages new to the process in one call; thousands where freed memory was given back
+    assert int(result.stdout) < 200  # new pages in one call; thousands if freed memory were returned to the system
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -64,6 +64,7 @@ def test_fewer_segments_than_threads_are_not_split(small_embedder, noise, torch_
     assert threads_asked_for == [(3, 1), (2, 1), (2, 1)]
 
 
+@pytest.mark.filterwarnings("ignore:precision=.*takes several times as long:UserWarning")
 @pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"compile": True}])
 def test_half_precision_and_compiled_encoders_stay_in_the_calling_thread(
     small_embedder, noise, torch_threads, threads_asked_for, options

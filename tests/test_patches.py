@@ -49,11 +49,11 @@ def test_position_table_encodes_rows_then_steps(grid):
         torch.testing.assert_close(table[step * grid.rows + row], torch.tensor(expected), rtol=0, atol=1e-6)
 
 
-def test_more_frames_than_a_chunk_are_refused(small_encoder):
-    with pytest.raises(ValueError, match=r"at most 200 frames \(one chunk\), got 204"):
+def test_more_frames_than_a_segment_are_refused(small_encoder):
+    with pytest.raises(ValueError, match=r"at most 200 frames \(one segment\), got 204"):
         small_encoder.embed(torch.zeros(1, 204, 80))
 
 
-def test_a_shorter_chunk_is_the_beginning_of_a_longer_one(small_encoder):
+def test_a_shorter_segment_is_the_beginning_of_a_longer_one(small_encoder):
     logmel = torch.randn(2, 200, 80)
     torch.testing.assert_close(small_encoder.embed(logmel[:, :52]), small_encoder.embed(logmel)[:, : 13 * 5])

@@ -39,17 +39,15 @@ def mlstm_segment(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor)
 
     Returns:
         h (B, H, S, K) float32 (float64 for float64 inputs), or None if the gates are too extreme for this form.
-        `base`, which cancels in h, and the normalizer's 1e-6 count as constants in the gradient.
     """
     forgotten = log_f.double().cumsum(-1)  # (B, H, S); float64: sums may be large and their differences matter
     g = log_i.double() - forgotten
-    with torch.no_grad():
-        largest = g.cummax(-1).values
-        lowest, highest = largest[..., :1], largest[..., -1:]
-        if not bool((highest - lowest).max() < MAX_LOG_RANGE):
-            return None
-        base = (lowest + highest) / 2
-        eps = (largest - base).exp_().mul_(NORMALIZER_EPS)
+    largest = g.cummax(-1).values
+    lowest, highest = largest[..., :1].detach(), largest[..., -1:].detach()
+    if not bool((highest - lowest).max() < MAX_LOG_RANGE):
+        return None
+    base = (lowest + highest) / 2  # cancels in h, so it needs no gradient
+    eps = NORMALIZER_EPS * (largest - base).exp()
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = F.threshold(g - base, MIN_LOG_SCALE, -torch.inf).exp().to(dtype)  # (B, H, S)
     bound = (-forgotten - base).clamp(max=LOG_BOUND_CEILING).exp().to(dtype)
@@ -98,7 +96,7 @@ class _Cell(torch.autograd.Function):
             else:
                 grad_k[:, :end] += torch.bmm(grad_scores.mT, q[:, part])
                 grad_v[:, :end] += torch.bmm(scores.mT, grad_read[:, part])
-        return grad_q, grad_k, grad_v, grad_bound, None
+        return grad_q, grad_k, grad_v, grad_bound, grad_normalizer
 
 
 def cut_into_parts(length: int, most: int = PART_TOKENS) -> Iterator[tuple[int, int]]:
