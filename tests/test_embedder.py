@@ -400,7 +400,7 @@ for config, precision in (
 """
 
 
-@pytest.mark.slow
+@pytest.mark.compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_encoder_equals_the_plain_one_and_is_compiled_for_full_segments_only():
     # In its own process, because torch.compile imports and keeps much.

@@ -386,11 +386,11 @@ def test_a_signal_during_an_optimizer_step_is_remembered(shards, tmp_path, monke
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_trains(precision, shards, tmp_path):
-    weights = train("axlstm", shards, tmp_path, f"precision={precision}")
+    weights = train("axlstm", shards, tmp_path, f"precision={precision}", "max_steps=4")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-@pytest.mark.slow
+@pytest.mark.compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_model_trains_like_the_eager_one(shards, tmp_path):
     one = train("ssast", shards, tmp_path / "one")
