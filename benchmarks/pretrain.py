@@ -1,10 +1,10 @@
 """Pretraining speed: whole optimizer steps, and the data loader on its own.
 
 Times `training.pretrain.Trainer.train_step`: masks, forward, backward, clipping, optimizer. The baseline is the plain
-step: the same model in float32, eager, the whole batch at once. Our step, the plain step and a matmul take turns, and
-every figure is a median. torch counts the FLOPs of one clip's forward and backward pass (see `training.flops`); MFU
-compares them with the matmul rate measured in the same turns and precision. The loader's rate is that of `crop_loader`
-alone, as configured, reading records of 10 s from shards.
+step: the same model in float32, eager, with the plain mLSTM cell, the whole batch at once. Our step, the plain step
+and a matmul take turns, and every figure is a median. torch counts the FLOPs of one clip's forward and backward pass
+(see `training.flops`); MFU compares them with the matmul rate measured in the same turns and precision. The loader's
+rate is that of `crop_loader` alone, as configured, reading records of 10 s from shards.
 
 Examples:
     python -m benchmarks.pretrain --configs audiomaepp_tiny_cpu axlstm_tiny_cpu precision=bfloat16
@@ -29,7 +29,8 @@ import numpy as np
 import soundfile
 import torch
 
-from benchmarks.measure import argument_parser, format_machine, format_table, peak_bytes, progress, take_turns
+from benchmarks.measure import argument_parser, format_machine, format_table, peak_bytes, print_progress, take_turns
+from hear_encoders.nn.axlstm import AxLSTMEncoder
 from training.config import RunConfig, load_run_config
 from training.corpora import prepare
 from training.corpora.shards import ShardIndex
@@ -100,6 +101,8 @@ def measure(name: str, config: RunConfig, index: ShardIndex, device: torch.devic
         ours = Trainer(config, index, Path(folder), context)
         plain_config = replace(config, precision="float32", compile=False, accumulate=1)
         plain = Trainer(plain_config, index, Path(folder), context)
+    if isinstance(plain.model.encoder, AxLSTMEncoder):
+        plain.model.encoder.mode = "chunkwise"
     matmul = Matmul(device, getattr(torch, config.precision))
 
     def our_step() -> None:
@@ -191,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         index = ShardIndex.open(options.data or stack.enter_context(noise_shards()))
         for name, config in options.configs.items():
             result = measure(name, config, index, options.device)
-            progress(f"{name}: {result.clips_per_s:.1f} clips/s")
+            print_progress(f"{name}: {result.clips_per_s:.1f} clips/s")
             results.append(result)
     rates = ", ".join(f"{result.matmul_rate / 1e9:.0f}" for result in results)
     print(f"{format_machine(options.device)}\n- matmul rate, row by row, in the row's precision: {rates} GFLOP/s\n")

@@ -79,7 +79,7 @@ class Execution:
 
     def _select(self, encoder: Encoder, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """Select the fastest implementation of the encoder: folded, compiled or plain."""
-        if dtype is torch.float32 and isinstance(encoder, AxLSTMEncoder) and encoder.mode == "chunkwise":
+        if dtype is torch.float32 and isinstance(encoder, AxLSTMEncoder) and encoder.mode == "auto":
             if self._folded is None or not self._folded.is_current(encoder):
                 self._folded = FoldedAxLSTM.of(encoder)
             if self._folded is not None:

@@ -25,7 +25,7 @@ def encoder_with(seed=0, **options):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("mode", ["parallel", "chunkwise", "recurrent"])
+@pytest.mark.parametrize("mode", ["auto", "parallel", "chunkwise", "recurrent"])
 @pytest.mark.parametrize("expansion", [2, 3, 4])
 def test_block_equals_the_equations_in_values_and_gradients(expansion, mode, dtype, tolerance):
     block = encoder_with(expansion=expansion).blocks[0]

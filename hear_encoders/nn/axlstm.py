@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from hear_encoders.nn.patches import PatchEncoder
 BLOCK_NORM_EPS = 1e-5
 HEAD_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
+
+EncoderMode = Literal["auto", "parallel", "chunkwise", "recurrent"]
 
 MATMUL_SIZE = 16  # the least size at which small matmuls pay off, measured on a CPU
 
@@ -147,14 +149,14 @@ class MLSTMBlock(nn.Module):
         self.skip = nn.Parameter(torch.empty(inner))
         self.down = nn.Linear(inner, config.dim, bias=False)
 
-    def forward(self, x: Tensor, mode: MLSTMMode = "chunkwise", chunk_size: int = DEFAULT_CHUNK) -> Tensor:
+    def forward(self, x: Tensor, mode: EncoderMode = "auto", chunk_size: int = DEFAULT_CHUNK) -> Tensor:
         normed, (up_x, up_z) = self.norm(x), self.up.weight.chunk(2)
         inner, z = F.linear(normed, up_x), F.linear(normed, up_z)  # each (B, S, I)
         convolved = F.silu(self.conv(inner))
         (v,) = project_to_heads(inner, [self.v.weight], self.heads)  # (B, H, S, I/H)
         log_i, log_f = self.gates(convolved, inner)
         h = None
-        if mode == "chunkwise" and self._trains_on_cpu(x):
+        if mode == "auto" and self._trains_on_cpu(x):
             with torch.autocast("cpu", enabled=False):
                 # Only products of queries and keys count: q_t . k_s = c_t . (Wq^T Wk) c_s.
                 c_to_k = self.q.weight.mT @ self.k.weight
@@ -162,7 +164,8 @@ class MLSTMBlock(nn.Module):
             h = mlstm_segment(convolved.unflatten(2, (self.heads, -1)).transpose(1, 2), k, v, log_i, log_f)
         if h is None:
             q, k = project_to_heads(convolved, [self.q.weight, self.k.weight], self.heads)
-            h, _ = mlstm(q, k, v, log_i, log_f, mode=mode, chunk_size=chunk_size, want_state=False)
+            cell_mode: MLSTMMode = "chunkwise" if mode == "auto" else mode
+            h, _ = mlstm(q, k, v, log_i, log_f, mode=cell_mode, chunk_size=chunk_size, want_state=False)
         h = self.head_norm(h, self.skip * convolved.to(h.dtype))  # (B, S, I) float32
         return x + self.down(h * F.silu(z))
 
@@ -197,14 +200,16 @@ class AxLSTMEncoder(PatchEncoder):
     """The AxLSTM encoder; see `PatchEncoder` for its input and output.
 
     Attributes:
-        mode, chunk_size: how to compute the mLSTM cell (see `mlstm`); they do not change the result.
+        mode: how to compute the mLSTM cell. "auto" selects the fastest form, here and in `hear_encoders.execution`;
+            the others are the plain forms, see `mlstm`. It does not change the result.
+        chunk_size: tokens per chunk of the chunkwise cell; it does not change the result.
     """
 
     config: AxLSTMConfig
 
     def __init__(self, config: AxLSTMConfig) -> None:
         super().__init__(config)
-        self.mode: MLSTMMode = "chunkwise"
+        self.mode: EncoderMode = "auto"
         self.chunk_size = DEFAULT_CHUNK
         self.blocks = nn.ModuleList(MLSTMBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=FINAL_NORM_EPS)
