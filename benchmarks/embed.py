@@ -36,7 +36,7 @@ from benchmarks.measure import (
     format_machine,
     format_table,
     peak_bytes,
-    progress,
+    print_progress,
     take_turns,
 )
 from benchmarks.released_plan import ReleasedPlan
@@ -187,7 +187,7 @@ class Benchmark:
             if time.perf_counter() + needed_s > self.deadline:
                 reason = f"skipped: would exceed the time budget (needs about {needed_s / 60:.1f} min)"
                 results.append(Result(case, skipped=reason))
-                progress(f"{name}, {case.seconds:g} s x {case.batch}: {reason}")
+                print_progress(f"{name}, {case.seconds:g} s x {case.batch}: {reason}")
                 continue
             if embedder is None:
                 encoder = build_encoder(config, seed=0).to(self.device).eval()
@@ -199,7 +199,7 @@ class Benchmark:
             results.append(result)
             self.fraction_by_kind[type(config)] = turn / (result.ours_s + result.plan_s) / result.matmul_rate
             times = f"ours {1e3 * result.ours_s:.1f} ms, released plan {1e3 * result.plan_s:.1f} ms"
-            progress(f"{name}, {case.seconds:g} s x {case.batch}: {times}")
+            print_progress(f"{name}, {case.seconds:g} s x {case.batch}: {times}")
 
     def measure(self, case: Case, embedder: Embedder, plan: ReleasedPlan) -> Result:
         """Count the FLOPs of one case, then let ours, the plan and the matmul take turns."""
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cases = [Case(name, seconds, batch) for seconds in options.seconds for batch in options.batch]
             benchmark.run_preset(name, cases, segment_flop[name], results)
     except KeyboardInterrupt:
-        progress("interrupted; these are the rows measured so far")
+        print_progress("interrupted; these are the rows measured so far")
     print(format_conditions(benchmark, results), end="\n\n")
     print(format_table(COLUMNS, [format_row(result) for result in results]))
 

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 import torch
 
-from benchmarks.measure import argument_parser, format_machine, format_table, progress
+from benchmarks.measure import argument_parser, format_machine, format_table, print_progress
 from hear_encoders import PRESETS
 from hear_encoders.nn.frontend import SAMPLE_RATE
 
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for minutes in options.minutes:
                 seconds, memory = measure(preset, minutes, Path(folder))
                 measured.setdefault(preset, []).append((minutes, seconds, memory))
-                progress(f"{preset}, {minutes:g} minutes: {seconds:.1f} s, {memory / 1e6:.0f} MB")
+                print_progress(f"{preset}, {minutes:g} minutes: {seconds:.1f} s, {memory / 1e6:.0f} MB")
     rows = [
         [f"`{preset}`", f"{minutes:g}", f"{seconds:.1f}", f"{60 * minutes / seconds:.0f}", f"{memory / 1e6:.0f}"]
         for preset, cells in measured.items()

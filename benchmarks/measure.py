@@ -75,7 +75,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     return 1024 * int(kilobytes)
 
 
-def progress(line: str) -> None:
+def print_progress(line: str) -> None:
     """Print a line to standard error."""
     print(line, file=sys.stderr, flush=True)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.measure import argument_parser, format_machine, format_table, progress, take_turns
+from benchmarks.measure import argument_parser, format_machine, format_table, print_progress, take_turns
 from hear_axlstm import stream as make_stream
 from hear_encoders.config import PRESETS
 from hear_encoders.embedder import Embedder
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.presets:
         embedder = Embedder(build_encoder(PRESETS[name], seed=0).eval(), precision="float32", statistics=STATISTICS)
         for streams in options.streams:
-            progress(f"{name}, {streams} streams")
+            print_progress(f"{name}, {streams} streams")
             results.append(measure(name, embedder, streams, options.seconds))
     print(format_machine(torch.device("cpu")))
     if hasattr(os, "getloadavg"):

@@ -28,10 +28,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from evaluation.tasks import METADATA_FILE, VOCABULARY_FILE
+from hear_encoders.console import progress
 from hear_encoders.files import locked
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from training.corpora import archive
-from training.corpora.progress import progress
 
 Label = str | dict[str, Any]  # a scene's label, or an event: label, start, end (ms)
 
@@ -168,14 +169,14 @@ def write_task(
         for split in spec.splits:
             labels = {clip.name: list(clip.labels) for clip in _by_name(clips) if clip.split == split}
             _write_text(folder / f"{split}.json", json.dumps(labels, indent=1, ensure_ascii=False) + "\n")
-        _write_csv(folder / "labelvocabulary.csv", ("idx", "label"), enumerate(spec.labels))
+        _write_csv(folder / VOCABULARY_FILE, ("idx", "label"), enumerate(spec.labels))
         _write_csv(
             folder / "sources.csv",
             ("file", "split", "groups", "sources"),
             ((clip.name, clip.split, "|".join(clip.groups), "|".join(clip.sources)) for clip in _by_name(clips)),
         )
         _write_licences(folder, spec.name, packages, cache)
-        _write_text(folder / "task_metadata.json", json.dumps(spec.metadata(), indent=1) + "\n")
+        _write_text(folder / METADATA_FILE, json.dumps(spec.metadata(), indent=1) + "\n")
         os.replace(folder, final)
     return final
 

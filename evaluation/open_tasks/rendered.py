@@ -25,8 +25,8 @@ import numpy as np
 from evaluation.open_tasks.fluidsynth import render, synthesizer_packages
 from evaluation.open_tasks.folder import Clip, TaskSpec
 from evaluation.open_tasks.sources import normalize_peak
+from hear_encoders.console import progress
 from training.corpora import archive
-from training.corpora.progress import progress
 
 SECONDS = 2.0
 NOTES = range(36, 84)

@@ -18,8 +18,9 @@ import pytest
 import soundfile
 
 from evaluation.open_tasks.sources import read_list
+from hear_encoders import console
 from hear_encoders.files import LOCK_FILE
-from training.corpora import archive, debian, progress
+from training.corpora import archive, debian
 from training.corpora.shards import ShardIndex
 
 # `apt-cache show` and `apt-get download` read a folder; for this dpkg-deb, packages are zip archives.
@@ -338,8 +339,8 @@ def test_sigterm_ends_the_build_and_its_child_processes(small_corpus, tmp_path, 
 
 
 def test_progress_is_printed_line_by_line_to_a_file(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
-    with progress.progress(4, "shard", "shards", done=1) as advance:
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0)
+    with console.progress(4, "shard", "shards", done=1) as advance:
         advance()
         advance(2)
     lines = capsys.readouterr().err.splitlines()

@@ -4,7 +4,6 @@ prepare       the command: audio files -> shards
 plan          which excerpts of which files go into which shard
 shards        the shards' format; reading records in any order
 workers       worker processes, and how Ctrl-C and SIGTERM end them
-progress      a progress bar, or lines in a log file
 
 debian        the command: 56 hours of music, speech and sounds as shards (debian.csv.gz lists them)
 archive       Debian packages: fetched, checked, unpacked, not installed

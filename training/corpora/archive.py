@@ -28,8 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hear_encoders.checkpoint import sha256
+from hear_encoders.console import progress
 from hear_encoders.files import atomic_write, locked, read_json, write_json
-from training.corpora.progress import progress
 
 # A package's name (Debian policy 5.6.1). A match is neither a path nor an option.
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")

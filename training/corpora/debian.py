@@ -27,12 +27,11 @@ from pathlib import Path
 
 import soundfile
 
-from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error
+from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error, progress
 from hear_encoders.files import atomic_write
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from training.corpora import archive, prepare
 from training.corpora.plan import PLAN_FILE
-from training.corpora.progress import progress
 from training.corpora.recordings import check_decoders, is_plain_file, read_recording
 from training.corpora.workers import sigterm_interrupts
 

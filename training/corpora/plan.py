@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from hear_encoders.audio import AudioFile, duration_s
+from hear_encoders.console import progress
 from hear_encoders.files import read_json, settings_difference, write_json
 from hear_encoders.nn.frontend import SAMPLE_RATE
-from training.corpora.progress import progress
 from training.corpora.shards import FORMAT_VERSION
 
 PLAN_FILE = "plan.json"

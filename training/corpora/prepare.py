@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hear_encoders.audio import find_audio, load_audio
 from hear_encoders.checks import check_audio
-from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error
+from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error, progress
 from hear_encoders.files import atomic_write, locked, read_json, write_json
 from hear_encoders.nn.frontend import SAMPLE_RATE, LogMel
 from training.corpora.plan import (
@@ -45,7 +45,6 @@ from training.corpora.plan import (
     samples_per_record,
     select,
 )
-from training.corpora.progress import progress
 from training.corpora.shards import FORMAT_VERSION, INDEX_FILE, frontend_settings, shard_name, sidecar_name
 from training.corpora.workers import check_stopped, run_in_workers, sigterm_interrupts
 
