@@ -62,9 +62,13 @@ def check_stopped() -> None:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that child processes are ended too."""
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that child processes are ended too.
 
-    def interrupt(_number: int, _frame: object) -> None:
+    Only the first SIGTERM does: a second one would interrupt the clean-up and leave child processes behind.
+    """
+
+    def interrupt(number: int, _frame: object) -> None:
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which child processes would inherit
         raise KeyboardInterrupt
 
     with _signal_handler(signal.SIGTERM, interrupt):
@@ -107,7 +111,7 @@ def _start_worker(stop: Event) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when the main process is gone: it would wait for work for ever."""
+    """End this worker when the main process is gone: it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
