@@ -1,4 +1,4 @@
-"""Encoders of AudioMAE++ and AxLSTM made for inference, and everything from an audio file to its embedding.
+"""AudioMAE++ and AxLSTM encoders for inference, and everything from an audio file to its embedding.
 
 Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user down to the maths:
 
@@ -13,9 +13,10 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user d
     checkpoint, hub, released   weights: bundled, from a path, from the Hugging Face Hub, from the authors' code
     audio, pcm                  audio files and pipes -> 16 kHz mono
     checks                      errors for input that is not audio
-    files, console              whole files, locks, settings of a folder; exit codes and messages
+    files                       atomic writes, locks, folders that belong to one run's settings
+    console                     exit codes, messages, progress, argument types
 
-Imports run downwards only; tests/test_imports.py checks it.
+Imports only go down this list; tests/test_imports.py checks it.
 """
 
 from hear_encoders.audio import load_audio

@@ -26,7 +26,7 @@ BLOCK_FRAMES = 1 << 18
 # UnicodeEncodeError for a name that is not Unicode.
 UNREADABLE = (soundfile.LibsndfileError, TypeError, UnicodeEncodeError)
 
-# libsndfile's log of a WAV whose samples have another number of bytes than its header says.
+# libsndfile's log entry for a WAV whose header is wrong about the number of bytes.
 _WAV_LENGTH = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""Is this audio? Are these statistics? Errors that say what was given and what was expected."""
+"""Checks of audio, statistics and options. Errors say what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MOST_TINY_CLIPS, MOST_CHANNELS = 1000, 8
 
 
 def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
-    """Return `audio` as a float32 batch (B, samples), or say clearly what is wrong with it.
+    """Return `audio` as a float32 batch (B, samples); raise an error that names the problem if it is not audio.
 
     Args:
         audio: (B, samples) or (samples,) floating point.
-        name: what to call it in messages, such as a file's path.
+        name: its name in messages, such as a file's path.
 
     Warns:
         UserWarning: samples far outside [-1, 1], such as 16-bit audio that was not scaled.
@@ -45,7 +45,7 @@ def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
 def validate_audio(audio: Tensor, name: str) -> tuple[Tensor, float]:
     """Check audio as `check_audio` does, except for swapped axes; return the batch and its largest magnitude.
 
-    It is for streams, which know their number of rows and may get few samples at a time.
+    Streams use it: they know their number of rows and may get few samples at a time.
     """
     if not isinstance(audio, Tensor):
         raise TypeError(

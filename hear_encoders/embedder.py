@@ -34,7 +34,7 @@ DEFAULT_MAX_SEGMENTS = 8
 
 
 class Embedder(nn.Module):
-    """An encoder with everything around it: what `load_model` returns.
+    """An encoder with everything around it, from waveforms to embeddings. `load_model` returns one.
 
     In float32 on a CPU, several threads run the encoder at once, and an AxLSTM runs from folded weights instead of its
     modules. So forward hooks on an encoder's modules may be called in other threads, or not at all: to use hooks, call
@@ -174,7 +174,7 @@ class Embedder(nn.Module):
         self._check_weights(stacklevel=4)
         # Not inference mode: in it, autocast casts all weights at each pass, and results cannot be trained on.
         with torch.no_grad():
-            # From here on nothing waits for a GPU: it works while the caller prepares the next batches.
+            # Nothing below waits for a GPU: it works while the caller prepares the next batches.
             segments_of_batch = [self._segments(self._to_device(batch)) for batch in batches]
             segments = [segment for batch in segments_of_batch for segment in batch]
             rows = sum(segment.steps for segment in segments) if per_step else len(segments)
@@ -207,7 +207,7 @@ class Embedder(nn.Module):
             read: returns the clip from its beginning, in blocks (n,) of any length, also empty ones. It is called
                 twice if the clip's own statistics have to be found first.
             per_step: return timestamp embeddings; they are held in memory, 96 kB per second of audio.
-            name: what to call the clip in messages.
+            name: the clip's name in messages.
 
         Returns:
             The scene embedding (1, E) or (1, 2 E), or timestamp embeddings (1, T, E), float32 on the CPU: equal to
@@ -272,7 +272,7 @@ class Embedder(nn.Module):
                 yield batch, self.framer.group(tokens)[:, :steps].float()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        """Move a tensor to the model's device. A GPU fetches it by itself, while the CPU goes on."""
+        """Move a tensor to the model's device. A GPU copies it while the CPU continues."""
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)

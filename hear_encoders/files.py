@@ -1,4 +1,4 @@
-"""Files and folders that survive kills and second runs: whole files, locks, folders that belong to their settings."""
+"""Atomic writes, JSON, locks, and folders that belong to one run's settings."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _POLL_S = 0.05
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the name `path` only once it is complete and on disk.
 
-    An error inside the `with` block, or a killed process, leaves whatever was at `path` before. A killed process may
-    leave `.PID-RANDOM.tmp` beside it.
+    After an error inside the `with` block, or if the process is killed, `path` is as it was before. A killed process
+    may leave `.PID-RANDOM.tmp` beside it.
     """
     path = Path(path)
     unfinished = _unfinished(path)
@@ -41,7 +41,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _unfinished(path: Path) -> Path:
-    """Return a new name beside `path`. It leaves the target's name out: with anything added, a long one is too long."""
+    """Return a new temporary name beside `path`. It does not contain the target's name, which may be as long as allowed."""
     return path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
@@ -81,14 +81,14 @@ def locked(
     wait_s: float = 0.0,
     inherited: bool = True,
 ) -> Iterator[int | None]:
-    """Hold the only lock on a folder. The system frees it when this process ends, however it ends.
+    """Hold the only lock on a folder. The system frees it when this process ends, even if killed.
 
     Where there are no locks (Windows, some cluster file systems) this does nothing.
 
     Args:
         folder: an existing folder; gets the file `.lock`.
-        name: what the error calls the folder; default: its path.
-        wait_s: how long to wait for another process to let go; `math.inf` waits for ever.
+        name: the folder's name in the error; default: its path.
+        wait_s: how long to wait while another process holds it; `math.inf` waits forever.
         inherited: child processes hold the lock too. Right for children that write to the folder. Wrong for children
             that only read: they may outlive a killed parent by seconds, in which it could not be started again.
 
@@ -173,7 +173,7 @@ def settings_difference(earlier: Mapping[str, Any], now: Mapping[str, Any], free
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """Create a whole file under a name that nobody else has taken; return False if somebody has."""
+    """Create a file atomically; return False, and write nothing, if it exists already."""
     unfinished = _unfinished(path)
     try:
         with open(unfinished, "wb") as file:

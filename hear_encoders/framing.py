@@ -1,12 +1,13 @@
-"""Framing: how a clip's log-mel frames become segments and time steps, and when the steps stand.
+"""Framing: how a clip's log-mel frames become segments and time steps, and the steps' timestamps.
 
-Two classes with the same methods; `Embedder` chooses one, and nothing else asks which. A segment is up to 2 s (200
-frames) that go through the encoder by themselves. A time step is one column of patches: 4 frames, 40 ms. Letters in
-shape comments: B clips or segments, F frames, T time steps, N = T * R tokens, R rows of patches, D channels of a token.
+Two classes have the same methods; `Embedder` chooses one, and no other code depends on which one it is. A
+segment is up to 2 s (200 frames) that the encoder sees independently of the rest. A time step is one column of
+patches: 4 frames, 40 ms. Letters in shape comments: B clips or segments, F frames, T time steps, N = T * R tokens, R rows of patches, D channels of a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -20,18 +21,18 @@ FramingName = Literal["exact", "reference"]
 
 
 class Segment(NamedTuple):
-    """A piece of a clip that goes through the encoder by itself."""
+    """A piece of a clip that is encoded independently of the rest."""
 
     frames: Tensor  # (F, bands) normalized log-mel
-    steps: int  # how many of its time steps, from the first, belong to the clip
+    steps: int  # number of its time steps that belong to the clip; the rest, at its end, is padding
 
 
 class Framing(Protocol):
-    """What both framings do."""
+    """The methods of both framings."""
 
     is_local: bool
-    """Whether steps depend on the audio around them alone, and not on the clip's length, so that a clip can be
-    embedded piece by piece."""
+    """True if steps depend only on the audio around them, not on the clip's length. Then a clip can be embedded piece
+    by piece."""
 
     def step_count(self, samples: int) -> int:
         """Return the number of time steps of a clip of this many samples."""
@@ -42,7 +43,7 @@ class Framing(Protocol):
         ...
 
     def cut(self, logmel: Tensor, steps: int) -> list[Segment]:
-        """Cut normalized frames (B, F, bands) into segments that hold this many steps per clip, clip by clip."""
+        """Cut normalized frames (B, F, bands) into segments with this many steps per clip, clip by clip."""
         ...
 
     def group(self, tokens: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class ReferenceFraming:
         return grid.transpose(1, 2).flatten(2)
 
 
-FRAMINGS: dict[str, type[ExactFraming] | type[ReferenceFraming]] = {
+FRAMINGS: dict[str, Callable[[PatchConfig], Framing]] = {
     "exact": ExactFraming,
     "reference": ReferenceFraming,
 }

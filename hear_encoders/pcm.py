@@ -28,7 +28,7 @@ _OTHER_FORMATS = {
     **{b"RF64": "RF64", b"RIFX": "RIFX"},
     **{b"ID3" + bytes([version]): "MP3" for version in (2, 3, 4)},
 }
-# First bytes of MP3 without tags. Raw samples may begin so too, though rarely.
+# First bytes of MP3 without tags. Raw samples rarely begin with them, but may.
 _MP3_FRAMES = (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
 
 _WAVE_PCM, _WAVE_FLOAT, _WAVE_EXTENSIBLE = 1, 3, 0xFFFE

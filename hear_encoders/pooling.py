@@ -1,11 +1,12 @@
 """Pooling: from the time steps of a clip to its scene embedding, one segment at a time.
 
-Two classes with the same methods. A summary is what a scene embedding needs to know of some steps; summaries of parts
-merge into the summary of the whole. Letters in shape comments: B clips, T time steps, E embedding size, S parts.
+Two classes have the same methods. A summary holds all that a scene embedding needs from some steps; the summaries of
+parts merge into that of the whole. Letters in shape comments: B clips, T time steps, E embedding size, S parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -15,7 +16,7 @@ PoolingName = Literal["mean", "mean_std"]
 
 
 class Pooling(Protocol):
-    """What both poolings do."""
+    """The methods of both poolings."""
 
     width: int
     """Scene embedding size over E."""
@@ -29,7 +30,7 @@ class Pooling(Protocol):
         ...
 
     def finish(self, summary: Tensor, steps: int) -> Tensor:
-        """Make scene embeddings of summaries (B, width * E) of this many steps -> (B, width * E)."""
+        """Turn summaries (B, width * E) of this many steps into scene embeddings (B, width * E)."""
         ...
 
 
@@ -71,4 +72,4 @@ class MeanStdPooling:
         return torch.cat([sums, squares.sqrt()], dim=1)
 
 
-POOLINGS: dict[str, type[MeanPooling] | type[MeanStdPooling]] = {"mean": MeanPooling, "mean_std": MeanStdPooling}
+POOLINGS: dict[str, Callable[[], Pooling]] = {"mean": MeanPooling, "mean_std": MeanStdPooling}

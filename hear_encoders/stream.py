@@ -1,11 +1,10 @@
 """AxLSTM on audio that is still arriving: push samples as they come, get embeddings 40 ms by 40 ms.
 
 A stream gives the numbers of `Embedder.timestamp_embeddings` in exact framing, so it has the same segments: every 2 s
-the encoder begins anew, with its cls token, an empty memory and the first position. Inside a segment, an mLSTM without
-flip only looks back, and all it carries is a state of constant size.
+the encoder starts over, with its cls token, an empty memory and the first position. Inside a segment, an mLSTM without
+flip only looks back, and its state has a constant size.
 
-This file holds what surrounds the encoder: samples, log-mel, normalization, time. `hear_encoders.nn.axlstm_online`
-holds the encoder. Letters in shape comments: B streams, T time steps, E embedding size.
+This module handles samples, log-mel, normalization and time; `hear_encoders.nn.axlstm_online` runs the encoder. Letters in shape comments: B streams, T time steps, E embedding size.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ DEFAULT_WARM_UP_S = 2.0
 # Samples past a step's end that its last frame's window reaches.
 LOOKAHEAD = WINDOW // 2 - HOP
 
-# Steps that go through the encoder at once, if there are several: enough for the matmuls, and few enough that the
-# gates' running sums keep their digits in float32.
+# Most steps encoded at once: enough for efficient matmuls, and few enough for float32 sums over the gates.
 STEPS_AT_ONCE = 5
 
 # Log-mel of silence. Sums are taken relative to it, so that silence has a variance of exactly zero.
@@ -55,17 +53,17 @@ class AxLSTMStream:
             embeddings, timestamps_ms = stream.push(block)  # (1, steps, E), (1, steps); often none, or several
         embeddings, timestamps_ms = stream.finish()
 
-    The split into blocks does not change the result, only when it comes. A step comes 2.5 ms after its 40 ms end, when
-    the samples that its last STFT window reaches are there: step i 40 (i + 1) + 2.5 ms after the beginning. `finish`
-    gives the step that may be left, framed as at the end of a clip.
+    The split into blocks does not change the result. A step's last STFT window reaches 2.5 ms past its 40 ms, so step i
+    is emitted 40 (i + 1) + 2.5 ms after the beginning. `finish` returns the remaining step, if there is one, framed as
+    at the end of a clip.
 
-    With fixed statistics, the embeddings equal `model.timestamp_embeddings` of the whole audio. Without, the stream
-    normalizes with running statistics: nothing comes out for the first `warm_up_s`; then all steps of the warm-up come
-    at once, normalized with the mean and standard deviation over all their frames and bands; each later step is
-    normalized with those of all steps up to and including itself. The statistics continue across segments.
+    With fixed statistics, the embeddings equal `model.timestamp_embeddings` of the whole audio. Otherwise the stream
+    uses running statistics: it emits nothing for the first `warm_up_s`, then all steps of the warm-up at once,
+    normalized with the mean and standard deviation over all their frames and bands. Each later step is normalized with
+    the statistics of all steps up to and including itself. They continue across segments.
 
-    The weights are copied: later changes to the model do not reach a stream. Everything runs in float32, whatever the
-    model's precision. Use each object from one thread at a time.
+    The stream copies the weights, so later changes to the model have no effect on it. It always computes in float32.
+    Use each object from one thread at a time.
 
     Args:
         model: an AxLSTM without flip in exact framing, from `hear_axlstm.load_model`. The stream runs on its device.
@@ -132,21 +130,21 @@ class AxLSTMStream:
         return {"received": received, **{name: tensor.clone() for name, tensor in self._tensors.items()}}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a state that `state` returned, on any device.
+        """Continue from a saved `state`; its tensors may be on any device.
 
         Raises:
             TypeError: not a mapping of names to tensors.
-            ValueError: a tensor is missing, unknown, or has another shape or dtype than this stream's. The stream
-                stays as it was.
+            ValueError: a tensor is missing, unknown, or has a different shape or dtype from this stream's. The stream
+                is left unchanged.
         """
         if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise TypeError(f"state must be what `state` of a stream gave, got {type(state).__name__}")
+            raise TypeError(f"state must be a mapping of tensors, as a stream's `state` is; got {type(state).__name__}")
         own = self.state
         for name in [*own, *state]:
             if name not in state:
-                raise ValueError(f"state: missing tensor {name!r}; is it of a stream with other options?")
+                raise ValueError(f"state: missing tensor {name!r}; is it from a stream with other options?")
             if name not in own:
-                raise ValueError(f"state: unknown tensor {name!r}; is it of a stream with other options?")
+                raise ValueError(f"state: unknown tensor {name!r}; is it from a stream with other options?")
             got, expected = state[name], own[name]
             if got.shape != expected.shape or got.dtype != expected.dtype:
                 raise ValueError(
@@ -184,7 +182,7 @@ class AxLSTMStream:
 
         Raises:
             TypeError: not a tensor, or samples that are not floating point.
-            ValueError: another shape, or samples that are not finite. The stream stays as it was.
+            ValueError: a wrong shape, or samples that are not finite. The stream is left unchanged.
         """
         if not isinstance(samples, Tensor):
             raise TypeError(f"samples must be a torch.Tensor of shape (streams, n), got {type(samples).__name__}")
@@ -205,7 +203,7 @@ class AxLSTMStream:
         return embeddings.to(samples.device), timestamps.to(_wide(samples.device)).to(samples.device)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """End the stream: return the remaining steps, as at the end of a clip, and begin anew as after `reset`.
+        """End the stream: return the remaining steps, framed as at the end of a clip, and reset.
 
         Returns:
             As `push`, on the model's device. Usually at most one step; all of them during the warm-up of running
@@ -234,7 +232,7 @@ class AxLSTMStream:
         return torch.cat([self._tensors["samples"][:, : self._received - first], batch], dim=1), first
 
     def _keep(self, audio: Tensor, first: int, received: int) -> None:
-        """Keep what later frames need of audio that begins with sample `first`."""
+        """Keep the samples that later frames need, from audio that begins with sample `first`."""
         self._received = received
         rest, kept = audio[:, self._first_kept(received) - first :], self._tensors["samples"]
         kept[:, : rest.shape[1]] = rest
@@ -244,7 +242,7 @@ class AxLSTMStream:
         """Compute log-mel of `steps` steps from step `done` on: (B, T * frames of a patch, bands)."""
         if steps == 0:
             return audio.new_empty(self.streams, 0, BANDS)
-        # Where the audio is cut inside the stream, its outermost frames contain reflections; leave them out.
+        # The log-mel reflects the audio at both ends, also where that is a cut inside the stream: leave those frames out.
         begin = (done * self._framing.step_samples - first) // HOP
         return self._framing.fit(self._log_mel(audio)[:, begin:], steps)
 
@@ -311,8 +309,8 @@ def _streamable_encoder(model: Embedder) -> AxLSTMEncoder:
     encoder = model.encoder
     if not isinstance(encoder, AxLSTMEncoder):
         raise ValueError(
-            f"a model of family {encoder.config.family!r} cannot be streamed: its attention looks at all of a 2 s "
-            "segment at once, also ahead; an AxLSTM without flip can"
+            f"a model of family {encoder.config.family!r} cannot be streamed: its attention spans a whole 2 s "
+            "segment, including what is yet to come; an AxLSTM without flip can"
         )
     if encoder.config.flip:
         raise ValueError(

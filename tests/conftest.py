@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first: at the end one process would be at them while the others have nothing left to do."""
+    """Start the longest tests first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: "slow" not in item.keywords)
 
 
@@ -60,7 +60,7 @@ def small_encoder(request):
 
 @pytest.fixture
 def small_embedder():
-    """Build an embedder on a small encoder: small_embedder("axlstm", max_chunks=2)."""
+    """Build an embedder on a small encoder: small_embedder("axlstm", max_segments=2)."""
 
     def build(kind: str = "audiomaepp", **options) -> Embedder:
         return Embedder(build_encoder(SMALL_CONFIGS[kind], seed=1).eval(), **options)

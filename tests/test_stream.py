@@ -302,7 +302,7 @@ def test_bad_samples_are_refused_and_leave_the_stream_as_it_was(model, noise, sa
     ("kind", "options", "message"),
     [
         ("axlstm_flip", {}, "flip cannot be streamed: every second block reads its 2 s segment from the end"),
-        ("audiomaepp", {}, "'audiomaepp' cannot be streamed: its attention looks at all of a 2 s segment"),
+        ("audiomaepp", {}, "'audiomaepp' cannot be streamed: its attention spans a whole 2 s segment"),
         ("ssast", {}, "'ssast' cannot be streamed"),
         ("axlstm", {"framing": "reference"}, "only exact framing can be streamed, got 'reference'"),
     ],
@@ -343,7 +343,7 @@ def test_impossible_options_are_refused(model, options, message):
         (lambda state: state.update(conv=state["conv"][:1]), ValueError, "'conv' must have shape .* got .1, "),
         (lambda state: state.update(samples=state["samples"].double()), ValueError, "got .* and torch.float64"),
         (lambda state: state.update(received=torch.tensor(-1)), ValueError, "must be a number of samples, got -1"),
-        (lambda state: state.update(received=3), TypeError, "state must be what `state` of a stream gave"),
+        (lambda state: state.update(received=3), TypeError, "state must be a mapping of tensors"),
     ],
 )
 def test_a_foreign_state_is_refused_and_changes_nothing(model, noise, change, error, message):
@@ -358,7 +358,7 @@ def test_a_foreign_state_is_refused_and_changes_nothing(model, noise, change, er
 
 
 def test_a_state_of_running_statistics_does_not_fit_given_ones(model):
-    with pytest.raises(ValueError, match="unknown tensor 'sums'; is it of a stream with other options"):
+    with pytest.raises(ValueError, match="unknown tensor 'sums'; is it from a stream with other options"):
         hear_axlstm.stream(model).load_state(hear_axlstm.stream(model_with(None)).state)
 
 

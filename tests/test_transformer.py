@@ -112,7 +112,7 @@ def test_half_precision_autocast_is_finite_and_near_float32(small_encoder, dtype
 
 
 @pytest.mark.parametrize("name", ["mae_tiny", "ssast_tiny", "audiomaepp_tiny", "axlstm_tiny"])
-def test_tiny_presets_encode_a_chunk(name):
+def test_tiny_presets_encode_a_segment(name):
     encoder = build_encoder(preset(name), seed=0)
     with torch.no_grad():
         tokens = encoder(torch.randn(1, 200, 80))

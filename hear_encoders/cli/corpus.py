@@ -57,7 +57,7 @@ def embed_files(
         embedder: the model, on the device to run on.
         files: from `find_audio`.
         timestamps: timestamp embeddings instead of scene embeddings.
-        batch_seconds: seconds of audio encoded together. A longer file is a batch of its own; one over 10 minutes is
+        batch_seconds: seconds of audio encoded together. A longer file forms its own batch; one over 10 minutes is
             encoded piece by piece. About twice as much is decoded ahead.
         jobs: decoding threads.
         on_done: called with the number of files that have just been completed, successfully or not.

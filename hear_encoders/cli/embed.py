@@ -142,7 +142,7 @@ def _embed_missing(
         output.abort()
         print_error(options.prog, "interrupted")
         return INTERRUPTED
-    except (OSError, ValueError) as error:  # from the output: an input that cannot be read is a failure of its own
+    except (OSError, ValueError) as error:  # from the output; an unreadable input is in `failures`
         output.abort()
         print_error(options.prog, f"error: {options.output}: {error}")
         return FAILED

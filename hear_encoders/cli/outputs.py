@@ -27,7 +27,7 @@ from hear_encoders.files import atomic_write, write_or_check_settings
 SETTINGS_FILE = "hear-embed.json"
 MIN_ROW_GROUP = 1024  # rows of Parquet
 
-# A name with one of these suffixes is refused: it asks for a format we do not write. Any other name is a folder.
+# Formats that are not written: names with these suffixes are refused. Any other name is a folder.
 _OTHER_FORMATS = audio_extensions() | {
     *(".npy", ".mat", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".pt", ".pth", ".pkl", ".safetensors"),
     *(".h5", ".hdf5", ".feather", ".arrow", ".zip", ".gz", ".tar"),

@@ -46,7 +46,7 @@ class BlockDiagonal(nn.Module):
 def merged_blocks(blocks: int, heads: int, size: int) -> int:
     """Return how many blocks of a block-diagonal map to merge into one matmul: 4 x 4 is nearly all overhead.
 
-    Merged blocks lie in one head, unless single blocks already lie in two.
+    Merged blocks stay within one head, unless a single block already spans two.
     """
     return math.gcd(blocks if blocks % heads else blocks // heads, max(1, MATMUL_SIZE // size))
 
@@ -67,7 +67,7 @@ def project_to_heads(x: Tensor, weights: Sequence[Tensor], heads: int) -> list[T
     weight = weight.flatten(3).flatten(1, 2)  # (groups, merged * in, maps * merged * out)
     x = x.reshape(batch * length, -1, merged * size).transpose(0, 1)  # (groups, B S, merged * in)
     y = (x @ weight).unflatten(2, (len(weights), -1)).unflatten(1, (batch, length))
-    if not aligned:  # some blocks lie in two heads: order the channels first
+    if not aligned:  # some blocks span two heads: order the channels first
         y = y.permute(3, 1, 2, 0, 4).flatten(3).unflatten(3, (heads, -1))  # (maps, B, S, H, I/H)
         return [part.transpose(1, 2).contiguous() for part in y]
     y = y.unflatten(0, (heads, -1))  # (H, groups of a head, B, S, maps, merged * out)
@@ -116,7 +116,7 @@ class _CausalProducts(torch.autograd.Function):
 
 
 class HeadNorm(nn.Module):
-    """Normalize each head of each token by itself; one weight per channel, no bias."""
+    """Normalize each head of each token separately; one weight per channel, no bias."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class MLSTMBlock(nn.Module):
         h = None
         if mode == "auto" and self._trains_on_cpu(x):
             with torch.autocast("cpu", enabled=False):
-                # Only products of queries and keys count: q_t . k_s = c_t . (Wq^T Wk) c_s.
+                # Only the products of queries and keys matter: q_t . k_s = c_t . (Wq^T Wk) c_s.
                 c_to_k = self.q.weight.mT @ self.k.weight
             (k,) = project_to_heads(convolved, [c_to_k], self.heads)
             h = mlstm_segment(convolved.unflatten(2, (self.heads, -1)).transpose(1, 2), k, v, log_i, log_f)
@@ -170,7 +170,7 @@ class MLSTMBlock(nn.Module):
         return x + self.down(h * F.silu(z))
 
     def _trains_on_cpu(self, x: Tensor) -> bool:
-        """Whether `mlstm_segment` is the fast form: on a CPU, with gradients, and no block that lies in two heads."""
+        """Return whether `mlstm_segment` applies: on a CPU, with gradients, and if no block spans two heads."""
         return (
             type(x) is Tensor  # not one without values, as FLOP counters use
             and x.device.type == "cpu"

@@ -1,7 +1,7 @@
 """AxLSTM's folded weights: small linear maps multiplied into fewer and larger ones, for both fast forms.
 
 `hear_encoders.nn.axlstm_offline` runs whole segments on a CPU, `hear_encoders.nn.axlstm_online` a few tokens at a time
-on any device; `hear_encoders.nn.axlstm` is the plain form, and the tests hold both against it. With c the convolution's
+on any device; `hear_encoders.nn.axlstm` is the plain form, with which the tests compare both. With c the convolution's
 output, x its input and u the block's normalized input (x = W_up u), three things are folded:
 
 - Keys and queries are linear in c, and only their products count: q_t . k_s = c_t . (Wq^T Wk) c_s. So one map makes
@@ -69,7 +69,7 @@ class FoldedAxLSTM:
 
     @classmethod
     def of(cls, encoder: AxLSTMEncoder) -> FoldedAxLSTM | None:
-        """Fold an encoder for `OfflineEncoder`, or return None if only its plain form does what it does.
+        """Fold an encoder for `OfflineEncoder`, or return None if only its plain form gives the right result.
 
         The plain form is left to encoders on other devices, in other dtypes, with other parameters than their
         configuration says (adapters, parametrizations), and with projection blocks that lie in two heads.

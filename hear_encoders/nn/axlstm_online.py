@@ -3,7 +3,7 @@
 A time step is small: five tokens in twelve blocks, where weights and memories are read once and little is computed.
 The number of operations and of bytes decides the speed, and creating a view is an operation too. So the folded weights
 are copied once into the layout they are read in, the state is updated in place, and all buffers and their views are
-made once for each input length. `hear_encoders.nn.axlstm` is the plain form, and the tests hold this one against it.
+made once for each input length. `hear_encoders.nn.axlstm` is the plain form, with which the tests compare it.
 
 Letters in shape comments: B streams, S tokens (time steps times rows of patches, plus one where a segment begins),
 D channels of a token, H heads, K channels of a head, I = H * K, P channels of a merged map.

@@ -14,7 +14,7 @@ ENCODER_OF_CONFIG = {TransformerConfig: TransformerEncoder, AxLSTMConfig: AxLSTM
 
 
 def build_encoder(config: EncoderConfig, seed: int | None = None) -> Encoder:
-    """Build an encoder with freshly initialised weights.
+    """Build an encoder with freshly initialized weights.
 
     Args:
         config: such as `preset("axlstm_tiny")`.

@@ -1,7 +1,7 @@
 """From waveform to log-mel spectrogram, as in both papers.
 
 16 kHz mono; 25 ms periodic Hann window, 10 ms hop, centered frames with reflected edges, power spectrum;
-80 HTK mel bands from 50 to 8000 Hz without area normalisation; natural logarithm. Frame i is centered on
+80 HTK mel bands from 50 to 8000 Hz without area normalization; natural logarithm. Frame i is centered on
 sample 160 * i, so a clip of N samples has N // 160 + 1 frames. Equal to
 `torchaudio.transforms.MelSpectrogram` with these arguments, without needing torchaudio.
 """
@@ -66,7 +66,7 @@ class LogMel(nn.Module):
         logmel = audio.new_empty(batch, frames, BANDS)
         # Slices are shorter for larger batches, which bounds memory.
         slice_frames = max(1, FRAMES_PER_SLICE // batch)
-        with torch.autocast(audio.device.type, enabled=False):  # whatever the caller has switched on
+        with torch.autocast(audio.device.type, enabled=False):  # the caller may have enabled it
             for first in range(0, frames, slice_frames):
                 last = min(first + slice_frames, frames)
                 logmel[:, first:last] = self._slice(audio, first, last)

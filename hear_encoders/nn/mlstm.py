@@ -1,14 +1,14 @@
 """The mLSTM cell (AxLSTM equations 1-9; Beck et al. 2024, xLSTM, section 2.3 and appendix A.3).
 
-One operator in three modes that agree: `recurrent` goes step by step, `parallel` computes all steps at once, and
+One operator in three modes that agree: `recurrent` goes token by token, `parallel` computes all tokens at once, and
 `chunkwise` carries a state from chunk to chunk and is parallel inside each. The state is a value that goes in and
 comes out; no module keeps it. Everything runs in float32 (float64 for float64 inputs), also under autocast.
 
-The modes are the plain reference for `hear_encoders.nn.axlstm_offline` and `axlstm_online`.
+The modes are the plain reference for `hear_encoders.nn.mlstm_segment`, `axlstm_offline` and `axlstm_online`.
 
-Letters in shape comments: B sequences, H heads, S steps, D channels of a head.
+Letters in shape comments: B sequences, H heads, S tokens, D channels of a head.
 
-With F = cumsum(log f), the weight of step s in the output at step t is exp(F_t - F_s + log i_s), for s <= t,
+With F = cumsum(log f), the weight of token s in the output at token t is exp(F_t - F_s + log i_s), for s <= t,
 divided by a stabilizer exp(m_t). Writing g_s = log i_s - F_s, its logarithm is g_s - max(g_1..g_t): F_t cancels.
 """
 
@@ -37,7 +37,7 @@ class MLSTMState(NamedTuple):
 
     C: Tensor  # (B, H, D, D) memory, keys x values
     n: Tensor  # (B, H, D) normalizer
-    m: Tensor  # (B, H) log of the stabilizer; -inf before the first step
+    m: Tensor  # (B, H) log of the stabilizer; -inf before the first token
 
 
 def initial_state(
@@ -48,7 +48,7 @@ def initial_state(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> MLSTMState:
-    """Return the state before the first step."""
+    """Return the state before the first token."""
     return MLSTMState(
         C=torch.zeros(batch, heads, head_dim, head_dim, dtype=dtype, device=device),
         n=torch.zeros(batch, heads, head_dim, dtype=dtype, device=device),
@@ -75,20 +75,20 @@ def mlstm(
         log_i: (B, H, S) logarithm of the input gate: its pre-activation (exponential gate), or the log-sigmoid of
             that (sigmoid gate).
         log_f: (B, H, S) logarithm of the forget gate: the log-sigmoid of its pre-activation.
-        state: the state before the first step; None is the initial state.
+        state: the state before the first token; None is the initial state.
         mode: "parallel" needs S x S memory, "chunkwise" S x chunk_size, "recurrent" neither.
-        chunk_size: steps per chunk in "chunkwise" mode; it does not change the result.
-        want_state: False skips computing the state after the last step.
+        chunk_size: tokens per chunk in "chunkwise" mode; it does not change the result.
+        want_state: False skips computing the state after the last token.
 
     Returns:
-        h (B, H, S, D) and the state after the last step (None if not wanted), float32 (float64 if q is float64).
+        h (B, H, S, D) and the state after the last token (None if not wanted), float32 (float64 if q is float64).
 
     Raises:
         ValueError: unknown mode, chunk_size below 1, or an empty sequence.
     """
     length = q.shape[2]
     if length < 1:
-        raise ValueError("expected at least one step, got an empty sequence")
+        raise ValueError("expected at least one token, got an empty sequence")
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, log_i, log_f = (x.to(dtype) for x in (q, k, v, log_i, log_f))
@@ -116,14 +116,14 @@ def mlstm(
 def mlstm_step(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState | None = None
 ) -> tuple[Tensor, MLSTMState]:
-    """Run one step of the mLSTM cell. Its time and memory do not depend on the number of steps before.
+    """Run the mLSTM cell for one token. Time and memory do not depend on the number of tokens before it.
 
     Args:
         q, k, v: (B, H, D); log_i, log_f: (B, H), as in `mlstm`.
-        state: the state before this step; None is the initial state.
+        state: the state before this token; None is the initial state.
 
     Returns:
-        h (B, H, D) and the state after this step, float32 (float64 if q is float64).
+        h (B, H, D) and the state after this token, float32 (float64 if q is float64).
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
@@ -143,7 +143,7 @@ def mlstm_step(
 def _chunk(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, state: MLSTMState | None, want_state: bool
 ) -> tuple[Tensor, MLSTMState | None]:
-    """Run all steps of one chunk at once, from the state before it to the state after it."""
+    """Run all tokens of one chunk at once, from the state before it to the state after it."""
     # Differences of large running sums lose digits. These tensors are small, so they can be wide.
     wide = torch.float32 if q.device.type == "mps" else torch.float64  # MPS has no float64
     length = q.shape[2]

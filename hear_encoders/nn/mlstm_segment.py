@@ -1,6 +1,6 @@
 """The mLSTM cell over a whole segment at once: its fast form on a CPU, with a gradient written by hand.
 
-`hear_encoders.nn.mlstm` is the plain reference, and the tests hold this form against it. With g_s = log i_s - F_s (see
+`hear_encoders.nn.mlstm` is the plain reference, with which the tests compare this form. With g_s = log i_s - F_s (see
 there), the weight exp(g_s - max(g_1..g_t)) of token s at token t separates: exp(g_s - base) scales the keys, and the
 factor of t cancels in h. So S x S weights are never computed, and a part's scores come from one matmul. This works as
 long as the running maximum of g moves by less than `MAX_LOG_RANGE` over the segment.
@@ -79,7 +79,7 @@ class _Cell(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bound, totals, normalizer, h, *parts = ctx.saved_tensors
-        grad_read = (grad_h / normalizer[..., None]).to(q.dtype)  # (B H, S, K), of what the scores read from v
+        grad_read = (grad_h / normalizer[..., None]).to(q.dtype)  # (B H, S, K), gradient of scores @ v
         grad_normalizer = (grad_h * h).sum(2).div_(normalizer).neg_()
         bounded = totals.abs() < bound
         grad_bound = grad_normalizer * bounded
