@@ -1,4 +1,4 @@
-"""Evaluate HEAR modules as in the papers. Run it as `python -m evaluation`; `open_tasks` is a command of its own.
+"""Evaluate HEAR modules as in the papers. Run it as `python -m evaluation`; `open_tasks` is a separate command.
 
     tasks                    HEAR's task folders, the papers' ten tasks, their metrics
     results                  the results folder: its files, written and read

@@ -33,13 +33,13 @@ command in the module's folder.
 """
 
 _RUN_DESCRIPTION = """\
-Evaluate a model on HEAR tasks. For each task, `run` takes these steps, each in a process of its own:
+Evaluate a model on HEAR tasks. For each task, `run` takes these steps, each in a separate process:
 
   embed    compute the embeddings of all clips
   seed N   train the papers' classifiers on the embeddings and test them
   map      lay out a scene task's test clips in two dimensions, for the report
 
-The same command, given again, does the steps that are missing.
+Give the same command again to do the missing steps.
 """
 
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(arguments: Sequence[str]) -> int:
-    """Run the report command, which has a parser of its own, and libraries that the other commands do not need."""
+    """Run the report command, which has its own parser and needs libraries that the other commands do not."""
     try:
         from evaluation import report
     except ModuleNotFoundError as error:

@@ -2,7 +2,7 @@
 
 The work is divided into units, each a process of `evaluation.kit` in heareval's environment. A unit embeds a task, or
 trains and tests its classifiers for one seed on those embeddings, or draws a map of its test clips. A finished unit has
-left its file in the results folder (see `evaluation.results`), so the same command, given again, does what is missing.
+left its file in the results folder (see `evaluation.results`), so the same command, given again, runs only the missing units.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def default_label(module: str, weights: str | None, options: dict[str, Any]) -> 
 class Failure:
     """A unit, task or model that failed, the reason, and its log if there is one."""
 
-    what: str
+    subject: str
     reason: str
     log: Path | None = None
 
     def __str__(self) -> str:
         if self.log is None:
-            return f"{self.what}: {self.reason}"
-        return "\n".join([f"{self.what}: {self.reason} ({self.log})", *(f"    {line}" for line in tail(self.log))])
+            return f"{self.subject}: {self.reason}"
+        return "\n".join([f"{self.subject}: {self.reason} ({self.log})", *(f"    {line}" for line in tail(self.log))])
 
 
 def tail(path: Path) -> list[str]:
@@ -116,7 +116,7 @@ class Driver:
         self._sample_rate = 0
 
     def run(self, folders: Sequence[Path], seeds: Sequence[int], keep_embeddings: bool = False) -> list[Failure]:
-        """Evaluate what is missing from the results.
+        """Run the units whose results are missing.
 
         Args:
             folders: task folders.

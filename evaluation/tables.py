@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def own(self) -> bool:
-        """Whether the model was evaluated here."""
+        """True if the model was evaluated here."""
         return self.printed is None
 
 
@@ -107,7 +107,7 @@ class Table:
 
     @property
     def mixed(self) -> bool:
-        """Whether it has both published models and models evaluated here."""
+        """True if the table has both published models and models evaluated here."""
         return len({row.own for row in self.rows}) > 1
 
 

@@ -109,7 +109,7 @@ class Task:
 
     @property
     def kfold(self) -> bool:
-        """Whether the task is cross-validated: each split is tested once, by classifiers trained on the others."""
+        """True if the task is cross-validated: each split is tested once, by classifiers trained on the others."""
         return self.split_mode != "trainvaltest"
 
     def audio_seconds(self, sample_rate: int) -> float:

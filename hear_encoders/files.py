@@ -41,7 +41,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _unfinished(path: Path) -> Path:
-    """Return a new temporary name beside `path`. It does not contain the target's name, which may be as long as allowed."""
+    """Return a new name beside `path`, without the target's own name, which may be as long as names can be."""
     return path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 

@@ -4,7 +4,8 @@ A stream gives the numbers of `Embedder.timestamp_embeddings` in exact framing, 
 the encoder starts over, with its cls token, an empty memory and the first position. Inside a segment, an mLSTM without
 flip only looks back, and its state has a constant size.
 
-This module handles samples, log-mel, normalization and time; `hear_encoders.nn.axlstm_online` runs the encoder. Letters in shape comments: B streams, T time steps, E embedding size.
+This module handles samples, log-mel, normalization and time; `hear_encoders.nn.axlstm_online` runs the encoder.
+Letters in shape comments: B streams, T time steps, E embedding size.
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ class AxLSTMStream:
         """Compute log-mel of `steps` steps from step `done` on: (B, T * frames of a patch, bands)."""
         if steps == 0:
             return audio.new_empty(self.streams, 0, BANDS)
-        # The log-mel reflects the audio at both ends, also where that is a cut inside the stream: leave those frames out.
+        # Both ends of this piece are reflected, so the frames there are wrong; leave them out.
         begin = (done * self._framing.step_samples - first) // HOP
         return self._framing.fit(self._log_mel(audio)[:, begin:], steps)
 

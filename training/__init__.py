@@ -5,7 +5,7 @@ Run from a checkout; not part of the installed package. Read in this order:
     corpora/          audio -> shards of log-mel
     config            a run's config: dataclass, YAML files in configs/, overrides
     data              crops of records, in an order that is a function of the seed alone
-    masking           which patches are masked
+    masking           random masks
     objectives        the pretraining models and their loss
     optimizers        AdamW and Muon
     held_out          fixed crops to test a model on, and baselines

@@ -34,20 +34,20 @@ class RunConfig:
         encoder: the encoder, as in its `config.json`; missing fields have their defaults.
         decoder: a masked autoencoder's decoder (families audiomaepp and mae); None for axlstm and ssast.
         mask_ratio: share of patches masked.
-        mask_positions: axlstm and ssast: whether mask tokens have positions; published models have none (see
+        mask_positions: axlstm and ssast: mask tokens have positions. Those of published models have none (see
             `MaskedModel`).
         batch_size: crops per optimizer step, over all processes and micro-batches.
         accumulate: micro-batches per process and optimizer step.
         crops_per_record: crops of 2 s taken from a record each time it is read.
         shares: percentages in which the --data folders are mixed, one per folder; None draws every record equally
             often.
-        normalize: what log-mel is normalized over: the whole "record", as inference does with a clip, or the "crop".
+        normalize: "record" normalizes log-mel over the whole record, as inference does with a clip; "crop" over the crop.
         base_lr: learning rate per 256 crops of batch: the peak rate is base_lr * batch_size / 256.
         epochs, warmup_epochs: length of training and of its linear warm-up, in passes over the records.
         max_steps, warmup_steps: the same in optimizer steps; they override epochs.
         cooldown_steps: None lets the learning rate fall along a cosine over the whole run, as published. A number
-            keeps it at its peak until the last so many optimizer steps, over which it falls linearly to 0; before
-            they begin, max_steps may still be changed. Needs max_steps and warmup_steps.
+            keeps it at its peak until the last cooldown_steps optimizer steps, over which it falls linearly to 0;
+            before they begin, max_steps may still be changed. Needs max_steps and warmup_steps.
         optimizer: "adamw", as published, or "muon": Muon for the blocks' matrices, AdamW for the rest.
         weight_decay: weight decay, except on biases, norms and other one-dimensional parameters.
         beta1, beta2: AdamW's.
@@ -63,7 +63,7 @@ class RunConfig:
         held_out_every, held_out_clips: with --held-out: interval in optimizer steps, and crops to test on.
         picture_every: interval in optimizer steps at which a reconstruction is drawn; None draws none.
         keep_last: newest checkpoints to keep.
-        milestone_every: keep the checkpoints of every so many optimizer steps for good; None keeps none.
+        milestone_every: interval in optimizer steps of checkpoints to keep for good; None keeps none.
         max_hours: save and stop after this long; None does not.
     """
 

@@ -2,8 +2,8 @@
 
 Training reads an endless sequence of rows, one crop each. Consecutive rows, `crops_per_record` of them, share a record:
 row i is a crop of the record at position i // crops_per_record of the record order. The record order is one
-permutation of the records after another. In a mixture of several folders of shards, each folder has a record order of
-its own, and every hundred positions hold each folder's percentage of records.
+permutation of the records after another. In a mixture of several folders of shards, each folder has its own
+record order, and every hundred positions hold each folder's percentage of records.
 
 The batch of an optimizer step is the next `batch_size` rows, divided among the processes. So the seed and the step
 determine the data of any step: resuming needs no reader's state, and the data do not depend on the number of processes
@@ -24,7 +24,7 @@ from training.config import RunConfig
 from training.corpora.shards import JoinedShards, ShardIndex
 from training.masking import hash_seed
 
-# Distinguish the uses of a hash, so that no two of them get the same seed from the same numbers.
+# First numbers of a hash, so that its uses get different seeds.
 _ORDER, _CROP, _MIXTURE = 1, 2, 3
 
 _BLOCK = 100  # positions in which the percentages of a mixture hold exactly
@@ -37,7 +37,7 @@ class Crops(Dataset):
         index: the records.
         frames: length of a crop; a shorter record is repeated.
         crops_per_record: how many consecutive rows share a record.
-        normalize: "record" or "crop": what mean and standard deviation are taken over.
+        normalize: "record" or "crop", over which mean and standard deviation are taken.
         seed: seed of the record order and the crop positions.
         mixture_percent: percentage of records per folder of a `JoinedShards`; None draws every record equally often.
 
@@ -69,7 +69,7 @@ class Crops(Dataset):
         if min(self._sizes) == 0:
             raise ValueError("a folder of shards holds no records")
         self._firsts = [0, *np.cumsum(self._sizes)]
-        # Kept from the last call, each with the number that it is good for.
+        # Cached from the last call, each with its number: epoch, block and position.
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._mixture: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self._last: tuple[int, tuple[np.ndarray, float, float]] = (-1, (np.empty((0, 0)), 0.0, 0.0))
@@ -105,7 +105,7 @@ class Crops(Dataset):
         return int(self._firsts[folder] + order[1][within])
 
     def _folder_at(self, position: int) -> tuple[int, int]:
-        """Return the folder that a position draws from, and how many positions before it drew from the same."""
+        """Return the folder that a position draws from, and how many earlier positions draw from it."""
         block, within = divmod(position, _BLOCK)
         if self._mixture[0] != block:
             generator = np.random.default_rng(hash_seed(self.seed, _MIXTURE, block))

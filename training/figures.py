@@ -16,7 +16,7 @@ _FRAME_S = 0.01
 
 
 def reconstruction_figure(logmel: np.ndarray, visible: np.ndarray, predicted: np.ndarray, title: str) -> Figure:
-    """Draw one column per clip: the input, what the encoder saw of it, and its reconstruction.
+    """Draw one column per clip: the input, its visible patches, and its reconstruction.
 
     Args:
         logmel: (clips, frames, bands), normalized.

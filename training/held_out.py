@@ -21,7 +21,7 @@ from training.data import Crops
 from training.masking import Masking, masking_noise, random_masking
 from training.objectives import autocast, masked_loss
 
-_SEED = 20_000_003  # of crops and masks: the same for all runs, and unlikely to be the seed of one
+_SEED = 20_000_003  # of crops and masks: the same for all runs, and unlikely to be a run's own seed
 
 # Widths of the Gaussian, as standard deviations, that interpolation tries; the best pair counts.
 _WIDTHS_FRAMES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)

@@ -1,4 +1,4 @@
-"""Which patches are masked: a random choice per clip, made from noise so that it can be repeated."""
+"""Random masks: a choice of patches per clip, made from noise so that it can be repeated."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run's directory and reports progress."""
+        """True for the process that writes the run's directory and reports progress."""
         return self.rank == 0
 
 
@@ -267,7 +267,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
 
         noise = masking_noise(config.seed, self.step, config.batch_size, config.encoder.patches.patches)
-        outcome = torch.zeros(2, device=device)  # loss; whether any process is to stop
+        outcome = torch.zeros(2, device=device)  # loss; above 0 if any process wants to stop
         for i, logmel in enumerate(micro_batches):
             masking = self.masking(noise, i)
             logmel = logmel.to(device, non_blocking=True)

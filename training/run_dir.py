@@ -187,7 +187,7 @@ def load_latest_checkpoint(run: Path) -> tuple[Path, dict[str, Tensor], dict[str
 
 
 def prune_checkpoints(run: Path, keep_last: int, milestone_every: int | None) -> None:
-    """Delete all checkpoints but the newest and the milestones, and what killed processes left unfinished."""
+    """Delete all checkpoints but the newest and the milestones, and unfinished ones of killed processes."""
     for step in steps_saved(run)[:-keep_last]:
         if milestone_every is None or step % milestone_every:
             doomed = run / f".checkpoint-{step:08d}.deleted.tmp"

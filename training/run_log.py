@@ -25,7 +25,7 @@ class RunLog:
 
     Args:
         run: the run's directory.
-        step: the optimizer step that the run resumes from. What was logged of later steps is dropped, since they are
+        step: the optimizer step that the run resumes from. Lines of later steps are dropped, since those steps are
             made again.
         total_steps: optimizer steps of the whole run.
         clip_flop: FLOPs of training on one clip.

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed = True
                 print_error(PROG, f"{name}: {error}")
     except KeyboardInterrupt:
-        print_error(PROG, "interrupted; run the same command again to go on")
+        print_error(PROG, "interrupted; run the same command again to continue")
         return INTERRUPTED
     return FAILED if failed else 0
 

@@ -68,7 +68,7 @@ class TaskSpec:
         splits: train, valid and test; or folds, where heareval validates on the fold after the test fold.
         evaluation: names of heareval's scores; the first one selects models.
         labels: the vocabulary, in order of label indices.
-        events: True if the task is to find events in time, which may overlap; False for one label per clip.
+        events: True for a task of finding events, which may overlap, in time; False for one label per clip.
         parameters: further metadata entries.
         version: must be raised when clips change.
     """
@@ -149,7 +149,7 @@ def write_task(
         The task's folder.
 
     Raises:
-        ValueError: `check_clips` or `check_samples` refuses a clip, or another process writes to `out_dir`.
+        ValueError: `check_clips` or `check_samples` rejects a clip, or another process writes to `out_dir`.
     """
     check_clips(spec, clips)
     final = out_dir / spec.folder_name
@@ -209,8 +209,8 @@ def _write_licences(folder: Path, task: str, packages: Sequence[str], cache: Pat
         "",
         "The audio comes from files in these packages of Debian's main archive: decoded to 16 kHz mono, cut, brought",
         "to one level, and for some tasks mixed. sources.csv lists each clip's files. The audio stays under their",
-        "licences. The table names the licences in each package's copyright file, which is in licences/ and says what",
-        "each licence covers.",
+        "licences. The table names the licences in each package's copyright file, which is in licences/ and says which",
+        "files each licence covers.",
         "",
         "| package | version | licences |",
         "|---|---|---|",

@@ -8,8 +8,8 @@ have both, and neither needs root. For packages in the cache, apt is not needed:
     CACHE/PACKAGE.json    its version, size and hash
 
 Lists of recordings write a member of a zip archive as a file in a folder: `usr/share/sounds.zip.d/bell.wav` is
-`bell.wav` in `usr/share/sounds.zip`, whatever the archive's extension. To a file without an extension they add that of
-its format. `locate` understands such paths.
+`bell.wav` in `usr/share/sounds.zip`; the archive may have any extension. They add its format's extension to a file
+without one. `locate` understands such paths.
 """
 
 from __future__ import annotations

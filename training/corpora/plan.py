@@ -1,4 +1,4 @@
-"""The plan of a folder of shards: which excerpts of which audio files go into which shard.
+"""The plan of a folder of shards, which assigns excerpts of audio files to shards.
 
 It is made once, from the lengths in the files' headers, and kept in plan.json. An interrupted run continues with the
 same plan, so its shards come out the same as those of a run without interruptions.

@@ -1,10 +1,9 @@
 """Turn audio into shards of log-mel records: `python -m training.corpora.prepare SOURCE... OUT_DIR`.
 
 `training.corpora.shards` describes the output. A recording, or each excerpt of it that a list names, is cut into
-records; the records of many recordings make a shard. `training.corpora.plan` decides first which recordings go into
-which shard. Then worker processes make one shard each at a time, and each shard gets its name only once it is
-complete. So a run can be interrupted in any way and continued, and the output depends neither on that nor on the
-number of workers.
+records; the records of many recordings make a shard. First `training.corpora.plan` assigns the recordings to shards.
+Then worker processes make one shard each at a time, and a shard gets its name only once it is complete. So a run can be
+interrupted at any time and continued; neither that nor the number of workers changes the output.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ A folder of shards holds (NNNNNN: the shard's number, KEY: the record's name, wi
     shard-NNNNNN.tar    WebDataset, uncompressed: KEY.logmel.npy, float16 (frames, 80), and KEY.json for each record
     shard-NNNNNN.json   sidecar: the records' offsets, and sources that could not be read
     index.json          written last: front end, number of records and hours, list of shards
-    plan.json           which sources go into which shard; only `prepare` reads it
+    plan.json           assigns sources to shards; only `prepare` reads it
 """
 
 from __future__ import annotations
