@@ -2,7 +2,8 @@
 
 The work is divided into units, each a process of `evaluation.kit` in heareval's environment. A unit embeds a task, or
 trains and tests its classifiers for one seed on those embeddings, or draws a map of its test clips. A finished unit has
-left its file in the results folder (see `evaluation.results`), so the same command, given again, runs only the missing units.
+left its file in the results folder (see `evaluation.results`), so the same command, given again, runs only missing
+units.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Framing: how a clip's log-mel frames become segments and time steps, and the steps' timestamps.
 
-Two classes have the same methods; `Embedder` chooses one, and no other code depends on which one it is. A segment is up to
-2 s (200 frames) that the encoder sees independently of the rest. A time step is one column of patches: 4 frames, 40 ms.
-Letters in shape comments: B clips or segments, F frames, T time steps, N = T * R tokens, R rows of patches, D channels
-of a token.
+Two classes have the same methods; `Embedder` chooses one, and no other code depends on which one it is. A segment is up
+to 2 s (200 frames) that the encoder sees independently of the rest. A time step is one column of patches: 4 frames,
+40 ms. Letters in shape comments: B clips or segments, F frames, T time steps, N = T * R tokens, R rows of patches, D
+channels of a token.
 """
 
 from __future__ import annotations

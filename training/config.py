@@ -41,7 +41,8 @@ class RunConfig:
         crops_per_record: crops of 2 s taken from a record each time it is read.
         shares: percentages in which the --data folders are mixed, one per folder; None draws every record equally
             often.
-        normalize: "record" normalizes log-mel over the whole record, as inference does with a clip; "crop" over the crop.
+        normalize: range over which log-mel is normalized: the whole "record", as inference does with a clip, or the
+            "crop".
         base_lr: learning rate per 256 crops of batch: the peak rate is base_lr * batch_size / 256.
         epochs, warmup_epochs: length of training and of its linear warm-up, in passes over the records.
         max_steps, warmup_steps: the same in optimizer steps; they override epochs.

@@ -207,7 +207,7 @@ def test_a_failing_seed_is_reported_with_its_output_and_the_rest_runs(bench):
 def test_a_tasks_seeds_are_skipped_if_embedding_fails(bench):
     bench.fail("embed birds-v1")
     (failure,) = bench.run()
-    assert failure.what == "birds-v1 embed"
+    assert failure.subject == "birds-v1 embed"
     assert bench.calls() == [
         "describe",
         "embed birds-v1",
@@ -227,14 +227,14 @@ def test_nothing_else_runs_if_the_model_cannot_be_loaded(bench):
 def test_scores_without_the_tasks_metric_are_a_failure(bench):
     make_task(bench.tasks, "chords", evaluation=["mAP"])
     failures = bench.run(seeds=1)
-    assert [failure.what for failure in failures] == ["chords seed 0"] and "mAP" in failures[0].reason
+    assert [failure.subject for failure in failures] == ["chords seed 0"] and "mAP" in failures[0].reason
 
 
 @pytest.mark.parametrize("fields, message", [({"split_mode": "random"}, "split_mode"), ({"evaluation": []}, "field")])
 def test_a_malformed_task_is_reported_and_the_rest_runs(bench, fields, message):
     make_task(bench.tasks, "bad", **fields)
     (failure,) = bench.run()
-    assert failure.what == "bad" and message in failure.reason
+    assert failure.subject == "bad" and message in failure.reason
     assert len(bench.calls()) == 8
 
 
@@ -242,7 +242,7 @@ def test_a_changed_task_is_not_mixed_with_its_old_scores(bench):
     bench.run()
     (bench.tasks / "birds-v1" / "test.json").write_text('{"test.wav": ["b"]}')
     (failure,) = bench.run(seeds=3)
-    assert failure.what == "birds-v1" and "changed" in failure.reason
+    assert failure.subject == "birds-v1" and "changed" in failure.reason
     assert "predict onsets-v1 2" in bench.calls() and "predict birds-v1 2" not in bench.calls()
 
 
