@@ -283,20 +283,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--presets", nargs="+", choices=PRESETS, metavar="NAME", default=list(PRESETS), help="default: all of them"
     )
-    parser.add_argument("--seconds", nargs="+", type=float, default=[2.0, 10.0], help="clip lengths (default: 2 10)")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="clips per call (default: 1 8)")
+    parser.add_argument("--seconds", nargs="+", type=float, default=[2.0, 10.0], help="clip lengths; default: 2 10")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="clips per call; default: 1 8")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument(
-        "--precision", choices=get_args(Precision), default="auto", help="as for Embedder (default: auto)"
+        "--precision", choices=get_args(Precision), default="auto", help="as for Embedder; default: auto"
     )
     parser.add_argument(
-        "--max-segments", type=int, default=DEFAULT_MAX_SEGMENTS, help="per forward pass (default: %(default)s)"
+        "--max-segments", type=int, default=DEFAULT_MAX_SEGMENTS, help="per forward pass; default: %(default)s"
     )
     parser.add_argument("--compile", action="store_true", help="run ours with torch.compile")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--turns", type=int, default=MIN_TURNS, help="minimum per row (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--turns", type=int, default=MIN_TURNS, help="minimum per row; default: %(default)s")
     parser.add_argument(
-        "--budget-minutes", type=float, default=30.0, help="skip rows that would end later (default: 30)"
+        "--budget-minutes", type=float, default=30.0, help="skip rows that would end later; default: 30"
     )
     options = parser.parse_args(arguments)
     try:

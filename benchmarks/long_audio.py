@@ -98,7 +98,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=["audiomaepp_tiny", "axlstm_tiny"],
         help="default: audiomaepp_tiny axlstm_tiny",
     )
-    parser.add_argument("--minutes", nargs="+", type=float, default=[1, 10, 60], help="lengths (default: 1 10 60)")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[1, 10, 60], help="lengths; default: 1 10 60")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw a plot")
     return parser.parse_args(arguments)
 

@@ -159,9 +159,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=list(DEFAULT_CONFIGS),
         help="names of files in training/configs",
     )
-    parser.add_argument("--data", type=Path, help="shards to read (default: ten minutes of noise)")
+    parser.add_argument("--data", type=Path, help="shards to read; default: ten minutes of noise")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configs")
     options = parser.parse_intermixed_args(arguments)
     # argparse takes the last word of `--configs a b precision=bfloat16` for a config.

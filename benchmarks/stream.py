@@ -105,9 +105,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--presets", nargs="+", choices=STREAMABLE, default=["axlstm_tiny"], help="default: %(default)s"
     )
-    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8], help="streams in a batch (default: 1 8)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of noise per stream (default: 60)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8], help="streams in a batch; default: 1 8")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of noise per stream; default: 60")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default: 1")
     options = parser.parse_args(arguments)
     if min(options.streams) < 1 or options.threads < 1:
         parser.error("--streams and --threads must be at least 1")

@@ -47,7 +47,7 @@ HEAR_TASKS = (
 
 
 def find_hear_task(*folders: str) -> HearTask | None:
-    """Return the HEAR task that a folder name stands for; of several names the first that matches counts.
+    """Return the HEAR task that the first matching folder name denotes, or None.
 
     Folder names are needed because HEAR's task names do not distinguish its sizes (5h, 50h, small).
     """

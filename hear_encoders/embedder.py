@@ -43,8 +43,8 @@ class Embedder(nn.Module):
 
     Args:
         encoder: from `build_encoder` or a checkpoint.
-        framing: "exact": step i covers frames 4i to 4i + 3 and stands at their center, 40 i + 15 ms, and step times
-            lie within the clip. Nothing is padded, except that the last frame is repeated where the last step reaches
+        framing: "exact": step i covers frames 4i to 4i + 3; its timestamp is their center, 40 i + 15 ms, and lies
+            within the clip. Nothing is padded, except that the last frame is repeated where the last step reaches
             past the clip's end, by up to 20 ms. Frames are centered, so the STFT window of a segment's last frames
             reaches up to 12.5 ms further, and at a clip's end meets its reflection. "reference": the released code's
             framing, with zero-padded segments, regrouped tokens and drifting timestamps. Use it to reproduce
@@ -165,7 +165,7 @@ class Embedder(nn.Module):
 
         Args:
             batches: tensors (B, samples), each as `check_audio` returns it.
-            per_step: return timestamp embeddings; they stand at `timestamps_ms(samples)`.
+            per_step: return timestamp embeddings; `timestamps_ms(samples)` has their times.
 
         Returns:
             For each batch its scene embeddings (B, E) or (B, 2 E), or timestamp embeddings (B, T, E), float32 on

@@ -53,7 +53,7 @@ class Framing(Protocol):
 
 
 class ExactFraming:
-    """Step i covers frames 4i to 4i + 3 and stands at their center, 40 i + 15 ms; step times lie within the clip.
+    """Step i covers frames 4i to 4i + 3. Its timestamp is their center, 40 i + 15 ms, and lies within the clip.
 
     Nothing is padded, except that the last frame is repeated where the last step reaches past the clip's end (by up to
     20 ms). The last segment is just shorter.
@@ -137,7 +137,7 @@ FRAMINGS: dict[str, Callable[[PatchConfig], Framing]] = {
 
 
 def _cut(logmel: Tensor, steps: int, patches: PatchConfig) -> list[Segment]:
-    """Split frames (B, F, bands) into segments; leave out those that hold none of the clip's steps."""
+    """Split frames (B, F, bands) into segments; leave out those without any of the clip's steps."""
     pieces = logmel.split(patches.chunk_frames, dim=1)
     kept = [min(patches.steps, steps - index * patches.steps) for index in range(len(pieces))]
     return [Segment(piece[clip], keep) for clip in range(len(logmel)) for piece, keep in zip(pieces, kept) if keep > 0]

@@ -117,7 +117,7 @@ class HearModule:
 
         Returns:
             Embeddings (clips, steps, model.timestamp_embedding_size) and timestamps (clips, steps) in
-            milliseconds, float32 on the audio's device. In exact framing step i stands at 40 i + 15 ms.
+            milliseconds, float32 on the audio's device. In exact framing, step i has timestamp 40 i + 15 ms.
         """
         return self._check(model).timestamp_embeddings(audio)
 

@@ -105,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=output_path,
         metavar="FOLDER",
         default=archive.default_cache(),
-        help="folder for unpacked packages (default: %(default)s)",
+        help="folder for unpacked packages; default: %(default)s",
     )
     parser.add_argument(
-        "--jobs", type=positive(int), default=2, metavar="N", help="threads that make clips (default: %(default)s)"
+        "--jobs", type=positive(int), default=2, metavar="N", help="threads that make clips; default: %(default)s"
     )
     args = parser.parse_args(argv)
     if args.cache.resolve().is_relative_to(args.out_dir.resolve()):

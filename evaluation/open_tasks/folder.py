@@ -237,7 +237,7 @@ def _write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _staging_folder(out_dir: Path) -> Iterator[Path]:
-    """Hold a folder for unfinished tasks, beside `out_dir` so that the latter has finished ones only.
+    """Make and lock a folder for unfinished tasks, beside `out_dir`, which has finished ones only.
 
     Raises:
         ValueError: another process holds it.

@@ -121,7 +121,7 @@ def _embed_files(options: argparse.Namespace) -> int:
 def _embed_missing(
     embedder: Embedder, missing: list[AudioFile], total: int, output: Output, options: argparse.Namespace
 ) -> int:
-    """Embed the files, out of `total`, that the output does not hold yet, and return the exit code."""
+    """Embed the files, out of `total`, that the output lacks, and return the exit code."""
     try:
         with tqdm(total=len(missing), unit="file", disable=None) as bar:  # None: only on a terminal
             failures = embed_files(

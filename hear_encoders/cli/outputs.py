@@ -41,7 +41,7 @@ class Output(Protocol):
         """Return whether the output already holds the embedding of audio file `name`.
 
         Raises:
-            ValueError: it holds one, but not how it was made.
+            ValueError: it has one, but no record of how it was made.
         """
         ...
 

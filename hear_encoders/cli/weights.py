@@ -98,7 +98,7 @@ def _find_weights(source: str, revision: str | None) -> Path:
     if source not in MODELS:
         return checkpoint.resolve(source, revision)
     if revision is not None:
-        raise ValueError(f"revision {revision!r} was given, but {source} stands for the bundled weights")
+        raise ValueError(f"revision {revision!r} was given, but {source} means the bundled weights")
     return hear_module(source).bundled / checkpoint.WEIGHTS_FILE
 
 

@@ -72,7 +72,7 @@ class FoldedAxLSTM:
         """Fold an encoder for `OfflineEncoder`, or return None if only its plain form gives the right result.
 
         The plain form is left to encoders on other devices, in other dtypes, with other parameters than their
-        configuration says (adapters, parametrizations), and with projection blocks that lie in two heads.
+        configuration says (adapters, parametrizations), and with projection blocks that span two heads.
         """
         parameters = dict(encoder.named_parameters())
         plain = all(parameter.dtype is torch.float32 and parameter.is_cpu for parameter in parameters.values())

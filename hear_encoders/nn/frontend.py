@@ -82,7 +82,7 @@ class LogMel(nn.Module):
             piece = torch.cat([audio[:, 1 : 1 - start].flip(1), piece], dim=1)
         if stop > samples:
             piece = torch.cat([piece, audio[:, samples - 1 - (stop - samples) : samples - 1].flip(1)], dim=1)
-        # Beside a loud sound, a silent band holds only rounding errors; those of float32 differ between processors by
+        # Beside a loud sound, a silent band has only rounding errors; those of float32 differ between processors by
         # 5e-4 in the log-mel.
         wide = torch.float32 if piece.device.type == "mps" else torch.float64  # MPS has no float64
         window = self.window.to(wide)

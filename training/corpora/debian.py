@@ -167,7 +167,7 @@ def write_licences(entries: Sequence[Entry], cache: Path, path: Path) -> None:
 
 
 def build(out_dir: Path, cache: Path, skip: Sequence[str], jobs: int) -> int:
-    """Fetch, collect and prepare the corpus. Returns the command's exit code."""
+    """Fetch, collect and prepare the corpus. Return the command's exit code."""
     entries = read_manifest()
     if unknown := sorted(set(skip) - {entry.package for entry in entries}):
         raise ValueError(f"not in the corpus: {', '.join(unknown)}")
@@ -209,14 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cache",
         type=Path,
         default=archive.default_cache(),
-        help="folder for unpacked packages, about 20 GB (default: %(default)s)",
+        help="folder for unpacked packages, about 20 GB; default: %(default)s",
     )
     parser.add_argument(
         "--jobs",
         type=positive(int),
         default=os.cpu_count() or 1,
         metavar="N",
-        help="worker processes (default: %(default)s)",
+        help="worker processes; default: %(default)s",
     )
     options = parser.parse_args(arguments)
     try:

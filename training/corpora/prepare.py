@@ -71,21 +71,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out_dir", type=output_path, metavar="OUT_DIR", help="folder for the shards")
     parser.add_argument("--csv", type=Path, help="prepare only the excerpts in this list, in AudioSet's format")
     parser.add_argument(
-        "--record-seconds", type=float, default=10.0, metavar="S", help="length of a record (default: %(default)s)"
+        "--record-seconds", type=float, default=10.0, metavar="S", help="length of a record; default: %(default)s"
     )
     parser.add_argument(
         "--shard-records",
         type=positive(int),
         default=1000,
         metavar="N",
-        help="records in a shard (default: about %(default)s)",
+        help="records in a shard; default: about %(default)s",
     )
     parser.add_argument(
         "--jobs",
         type=positive(int),
         default=os.cpu_count() or 1,
         metavar="N",
-        help="worker processes (default: %(default)s)",
+        help="worker processes; default: %(default)s",
     )
     options = parser.parse_args(arguments)
     if not SHORTEST_REMAINDER_S <= options.record_seconds < math.inf:
@@ -163,7 +163,7 @@ def _make_shards(prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[in
 def _write_shard(
     root: Path, out_dir: Path, number: int, recordings: Sequence[Recording], record_samples: int
 ) -> list[str]:
-    """Make one shard and its sidecar, in a worker. Returns the warnings.
+    """Make one shard and its sidecar, in a worker. Return the warnings.
 
     Raises:
         OSError: the output cannot be written, or a source has disappeared. Unlike a damaged file, that is probably a
@@ -220,7 +220,7 @@ def _add_recording(
 
 
 def _add_member(file: BinaryIO, tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Add a file without time or owner to the shard. Returns the offset of its data's end, in bytes."""
+    """Add a file without time or owner to the shard. Return the offset of its data's end, in bytes."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     first = file.tell() + tarfile.BLOCKSIZE
@@ -235,7 +235,7 @@ def record_key(source: str, number: int) -> str:
 
 
 def _write_index(out_dir: Path, shards: int) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Write index.json from the finished shards' sidecars. Returns it and the sources that failed, sorted."""
+    """Write index.json from the finished shards' sidecars. Return it and the sources that failed, sorted."""
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     for number in range(shards):

@@ -106,7 +106,7 @@ def sound_font_sample(data: bytes, number: int, name: str) -> tuple[np.ndarray, 
 
 
 def ogg_in_wav(data: bytes) -> tuple[np.ndarray, int] | None:
-    """Decode a WAV file that contains an Ogg stream, which libsndfile refuses. Returns None for any other file."""
+    """Decode a WAV file that contains an Ogg stream, which libsndfile refuses. Return None for any other file."""
     if data[:4] != b"RIFF" or not (ogg := _riff_chunks(data).get(b"data", b"")).startswith(b"OggS"):
         return None
     samples, rate = soundfile.read(io.BytesIO(ogg), dtype="float32", always_2d=True)
