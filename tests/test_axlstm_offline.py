@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from hear_encoders import AxLSTMConfig, Embedder, PatchConfig, build_encoder
 from hear_encoders.nn import axlstm_offline
@@ -165,6 +166,37 @@ def test_changed_weights_are_noticed_at_the_next_call(noise, change):
     assert torch.equal(changed, Embedder(copy.deepcopy(encoder)).scene_embeddings(audio))
 
 
+def test_a_step_of_a_fused_optimizer_is_noticed(noise):
+    encoder, audio = encoder_with(), noise(1, 20_000)
+    model = Embedder(encoder)
+    before = model.scene_embeddings(audio)
+    optimizer = torch.optim.AdamW([block.q.weight for block in encoder.blocks], lr=0.1, fused=True)
+    encoder(segments(1, 200)).square().sum().backward()
+    optimizer.step()  # counts up no versions
+    changed = model.scene_embeddings(audio)
+    assert not torch.allclose(changed, before, atol=1e-5)
+    assert torch.equal(changed, Embedder(encoder).scene_embeddings(audio))
+
+
+def test_pruning_after_a_call_is_noticed(noise):
+    encoder, audio = encoder_with(), noise(1, 20_000)
+    model = Embedder(encoder)
+    model.scene_embeddings(audio)
+    prune.random_unstructured(encoder.blocks[0].up, "weight", 0.5)  # the same parameter, under another name
+    pruned = model.scene_embeddings(audio)
+    encoder.mode = "parallel"
+    torch.testing.assert_close(pruned, model.scene_embeddings(audio), rtol=2e-5, atol=2e-5)
+
+
+@torch.inference_mode()
+def test_weights_written_in_inference_mode_are_noticed(noise):
+    encoder, audio = encoder_with(), noise(1, 20_000)
+    model = Embedder(encoder)
+    model.scene_embeddings(audio)
+    encoder.blocks[0].q.weight.mul_(3)
+    assert torch.equal(model.scene_embeddings(audio), Embedder(encoder).scene_embeddings(audio))
+
+
 def test_weights_are_folded_once(noise, monkeypatch):
     encoder, folded, fold = encoder_with(), [], FoldedAxLSTM._fold
     monkeypatch.setattr(FoldedAxLSTM, "_fold", lambda *arguments: folded.append(1) or fold(*arguments))
@@ -220,7 +252,8 @@ def test_an_encoder_with_other_parameters_runs_in_its_plain_form(change):
     assert FoldedAxLSTM.of(encoder) is None
 
 
-def test_projection_blocks_in_two_heads_run_in_the_plain_form():
+def test_projection_blocks_in_two_heads_run_in_the_plain_form(monkeypatch):
+    monkeypatch.setattr(FoldedAxLSTM, "_fold", None)  # nothing is folded in vain
     assert FoldedAxLSTM.of(encoder_with(dim=24, expansion=1, projection_block=4)) is None  # 6 channels per head
 
 

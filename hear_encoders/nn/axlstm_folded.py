@@ -20,6 +20,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hear_encoders.config import AxLSTMConfig
 from hear_encoders.nn.axlstm import AxLSTMEncoder, BlockDiagonal, MLSTMBlock
@@ -59,7 +60,7 @@ class FoldedAxLSTM:
     def __init__(self, encoder: AxLSTMEncoder) -> None:
         config = encoder.config
         head_dim = config.inner_dim // config.heads
-        self.straddles = head_dim % config.projection_block != 0  # blocks of the projections lie in two heads
+        self.straddles = _straddles(config)
         step = config.projection_block
         sizes = range(step, max(step, MAP_SIZE) + 1, step)
         self.map_size = config.inner_dim if self.straddles else max(size for size in sizes if head_dim % size == 0)
@@ -74,20 +75,24 @@ class FoldedAxLSTM:
         The plain form is left to encoders on other devices, in other dtypes, with other parameters than their
         configuration says (adapters, parametrizations), and with projection blocks that span two heads.
         """
+        if _straddles(encoder.config):
+            return None
         parameters = dict(encoder.named_parameters())
         plain = all(parameter.dtype is torch.float32 and parameter.is_cpu for parameter in parameters.values())
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         if not plain or shapes != _expected_shapes(encoder.config):
             return None
-        folded = cls(encoder)
-        return None if folded.straddles else folded
+        return cls(encoder)
 
     def is_current(self, encoder: AxLSTMEncoder) -> bool:
         """Return whether the encoder's parameters are those that were folded, unchanged.
 
         Writes to a parameter are noticed, assignments and moves too; only writes through `.data` or another view that
-        autograd does not track are not. Make a new `Embedder` after those.
+        autograd does not track are not. Make a new `Embedder` after those. Parameters made in inference mode count as
+        changed: they have no version counter, and may be written to in inference mode.
         """
+        if any(parameter.is_inference() for parameter in encoder.parameters()):
+            return False
         return self._versions == _versions(encoder)
 
     def _fold(self, block: MLSTMBlock, scale: float) -> FoldedBlock:
@@ -125,10 +130,26 @@ def _fold_map(projection: BlockDiagonal, after: Tensor) -> Tensor:
     return (after[:, :, None] * weight).sum(1).mT.flatten(1)
 
 
-def _versions(encoder: AxLSTMEncoder) -> list[tuple[int, int]]:
-    """Return what changes when a parameter is written to, replaced or moved."""
-    # Inference tensors have no version counter, but cannot be written to outside of inference mode either.
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in encoder.parameters()]
+def _straddles(config: AxLSTMConfig) -> bool:
+    """Return whether a projection block spans two heads."""
+    return config.inner_dim // config.heads % config.projection_block != 0
+
+
+def _versions(encoder: AxLSTMEncoder) -> tuple[int, list[tuple[str, int, int]]]:
+    """Return values that change when a parameter is written to, replaced, renamed (as by pruning) or moved."""
+    versions = [(name, p.data_ptr(), 0 if p.is_inference() else p._version) for name, p in encoder.named_parameters()]
+    return _optimizer_steps, versions
+
+
+_optimizer_steps = 0  # of all optimizers, since fused ones do not count up their parameters' versions
+
+
+def _count_optimizer_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 @lru_cache(maxsize=8)
