@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hear_encoders import hub
-from hear_encoders.config import EncoderConfig, config_to_dict, read_config
+from hear_encoders.config import ADDED_FIELDS, EncoderConfig, config_to_dict, read_config
 from hear_encoders.files import atomic_write, write_json
 from hear_encoders.hub import CONFIG_FILE, REPO_ID, WEIGHTS_FILE
 from hear_encoders.nn.build import ENCODER_OF_CONFIG, Encoder
@@ -152,7 +152,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 def fingerprint(encoder: Encoder) -> str:
     """Return the SHA-256 of an encoder's config and weights: the same for equal encoders from different sources."""
-    digest = hashlib.sha256(json.dumps(config_to_dict(encoder.config), sort_keys=True).encode())
+    # Added fields count only if they differ from the default, so that older records of fingerprints stay valid.
+    config = {name: value for name, value in config_to_dict(encoder.config).items() if value != ADDED_FIELDS.get(name)}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -15,8 +15,12 @@ from hear_encoders.files import read_json
 
 TransformerFamily = Literal["audiomaepp", "mae", "ssast"]
 Rope = Literal["none", "patch", "sequence"]
+PositionTable = Literal["sincos", "none"]
 SwiGLUNorm = Literal["own", "attention"]
 InputGate = Literal["exponential", "sigmoid"]
+
+# Fields that config.json files written before them lack, with the value that a missing one means.
+ADDED_FIELDS = {"position_table": "sincos"}
 
 
 def _check_types(config: Any) -> None:
@@ -105,10 +109,11 @@ class TransformerConfig:
         dim: channels of a token.
         depth: number of blocks.
         heads: attention heads; must divide `dim`.
-        rope: rotary position embedding (AudioMAE++ section 2.1). "none" is the papers' default. "patch" rotates by
-            each patch's true row and step in the segment. "sequence" rotates by position in the sequence that the
-            block sees, as the released code does. Both are used in addition to the fixed position table, as in the
-            released code; in the paper's text RoPE replaces the table.
+        rope: rotary position embedding (AudioMAE++ section 2.1). "none" is the papers' default. "sequence", as
+            published, rotates by a patch's place in the segment's sequence of patches. "patch" rotates by its row and
+            step.
+        position_table: "sincos" adds the fixed table to the patches' tokens. "none" adds nothing: in the paper's text
+            RoPE replaces the table, in the released code it comes on top.
         swiglu_norm: the LayerNorm before SwiGLU. "own" is a separate one (equation 3). "attention" shares the
             attention's, as the released code does; only "audiomaepp" allows it.
         patches: the patch grid.
@@ -119,6 +124,7 @@ class TransformerConfig:
     depth: int
     heads: int
     rope: Rope = "none"
+    position_table: PositionTable = "sincos"
     swiglu_norm: SwiGLUNorm = "own"
     patches: PatchConfig = PatchConfig()
 
@@ -134,6 +140,10 @@ class TransformerConfig:
                     f"TransformerConfig.rope = {self.rope!r} needs a head size divisible by {multiple}, "
                     f"got dim / heads = {self.dim // self.heads}"
                 )
+        elif self.position_table == "none":
+            raise ValueError(
+                "TransformerConfig.position_table = 'none' needs rope, or there are no positions"
+            )
         if self.swiglu_norm != "own" and self.family != "audiomaepp":
             raise ValueError(f"TransformerConfig.swiglu_norm must be 'own' for family {self.family!r}: no SwiGLU there")
 
@@ -223,7 +233,7 @@ def config_to_dict(config: EncoderConfig) -> dict[str, Any]:
 
 
 def config_from_dict(values: Any, source: str = "config") -> EncoderConfig:
-    """Build a config from parsed JSON. Every field must be present and known.
+    """Build a config from parsed JSON. Every field must be present, except `ADDED_FIELDS`, and known.
 
     Args:
         values: the parsed JSON object.
@@ -259,6 +269,7 @@ def _build(cls: type, values: Any, source: str) -> Any:
         raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
     hints = get_type_hints(cls)
     unknown = sorted(values.keys() - hints.keys())
+    values = {**{name: value for name, value in ADDED_FIELDS.items() if name in hints}, **values}
     missing = [name for name in hints if name not in values]
     if unknown:
         raise ValueError(f"{source}: unknown field {unknown[0]!r}; known fields: {', '.join(hints)}")

@@ -39,12 +39,13 @@ class HearModule:
         model_file_path: str | os.PathLike[str] = "",
         *,
         revision: str | None = None,
-        framing: FramingName = "exact",
+        framing: FramingName | None = None,
         precision: Precision = "auto",
         max_segments: int = DEFAULT_MAX_SEGMENTS,
         statistics: Sequence[float] | None = None,
         pooling: PoolingName = "mean",
         compile: bool = False,
+        released: bool = False,
         max_chunks: int | None = None,
     ) -> Embedder:
         """Load a model on the CPU; move it with `.to(device)`.
@@ -53,7 +54,7 @@ class HearModule:
             model_file_path: a directory with `config.json` and `model.safetensors`, the `.safetensors` file in it, or
                 a Hugging Face Hub repository "org/name". Empty: the weights bundled with the package.
             revision: branch, tag or commit of the Hub repository; None is its default branch.
-            framing: "exact", or "reference" for the released code's framing.
+            framing: "exact", or "reference" for the released code's framing. None is "exact" unless `released`.
             precision: dtype of the encoder's matmuls: "auto", "float32", "bfloat16" or "float16".
             max_segments: 2 s segments per forward pass; bounds memory, does not change the result.
             statistics: mean and standard deviation of log-mel to normalize with instead of each clip's own.
@@ -61,6 +62,8 @@ class HearModule:
                 appends their standard deviation and is twice as long.
             compile: run the encoder through `torch.compile`, which takes a minute or more at the first call. An AxLSTM
                 in float32 on the CPU has a faster form and is not compiled.
+            released: embed as the papers' released code does, in reference framing. Its other quirks belong to the
+                weights; `hear-weights import` writes them into `config.json`.
             max_chunks: the former name of `max_segments`.
 
         Returns:
@@ -72,6 +75,10 @@ class HearModule:
             PermissionError, ConnectionError: the Hub asks for a token, or failed.
             ValueError: a damaged or foreign checkpoint, one of another family, or an invalid option.
         """
+        if framing is None:
+            framing = "reference" if released else "exact"
+        elif released and framing != "reference":
+            raise ValueError(f"released=True means framing='reference', got framing={framing!r}")
         if model_file_path:
             source = resolve(model_file_path, revision)
         elif revision is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hear_encoders import build_encoder, checkpoint, load_checkpoint, save_checkpoint
 from hear_encoders.checkpoint import fingerprint, resolve
+from hear_encoders.config import config_to_dict
 from hear_encoders.files import atomic_write
 
 
@@ -177,3 +180,15 @@ def test_fingerprint_depends_on_weights_and_config():
     assert fingerprint(one) == fingerprint(same) != fingerprint(other)
     flipped = build_encoder(SMALL_CONFIGS["axlstm_flip"], seed=1)  # the same tensors
     assert fingerprint(flipped) != fingerprint(one)
+
+
+def test_fingerprint_is_that_of_versions_without_position_table():
+    encoder = build_encoder(SMALL_CONFIGS["audiomaepp_rope"], seed=1)
+    config = config_to_dict(encoder.config)
+    del config["position_table"]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert fingerprint(encoder) == digest.hexdigest()
+    no_table = build_encoder(dataclasses.replace(encoder.config, position_table="none"), seed=1)
+    assert fingerprint(no_table) != fingerprint(encoder)

@@ -114,6 +114,20 @@ def test_error_for_an_invalid_config_names_file_and_field(values, message, tmp_p
         read_config(path)
 
 
+def test_a_config_file_older_than_the_position_table_has_the_table(tmp_path):
+    path = tmp_path / "config.json"
+    for config in (preset("audiomaepp_tiny"), TransformerConfig("mae", 48, 1, 3, "sequence", position_table="none")):
+        values = config_to_dict(config)
+        path.write_text(json.dumps(values))
+        assert read_config(path) == config
+        assert values.pop("position_table") == config.position_table
+        path.write_text(json.dumps(values))
+        assert read_config(path) == dataclasses.replace(config, position_table="sincos")
+    path.write_text(json.dumps(invalid(position_table="none")))
+    with pytest.raises(ValueError, match="unknown field 'position_table'"):  # AxLSTM always has it
+        read_config(path)
+
+
 def test_config_file_that_is_not_json_is_named(tmp_path):
     path = tmp_path / "config.json"
     for content in (b"{", b"\xff\xfe\x00", b""):
@@ -133,6 +147,7 @@ def test_config_file_that_is_not_json_is_named(tmp_path):
         ({"family": "mae", "dim": 12, "heads": 12, "rope": "sequence"}, "head size divisible by 2"),
         ({"family": "mae", "dim": 6, "heads": 3}, r"dim must be divisible by 4 .*, got 6"),
         ({"family": "mae", "dim": 192, "heads": 3, "rope": "yes"}, "rope must be one of 'none', 'patch', 'sequence'"),
+        ({"family": "mae", "dim": 192, "heads": 3, "position_table": "none"}, "position_table = 'none' needs rope"),
     ],
 )
 def test_impossible_transformers_are_refused(arguments, message):

@@ -109,6 +109,15 @@ def test_options_parsed_from_json_work(checkpoints, noise):
     assert hear_axlstm.get_timestamp_embeddings(noise(1, 32000), model)[0].shape == (1, 51, 240)
 
 
+def test_released_means_reference_framing(checkpoints):
+    load_model, path = hear_axlstm.load_model, checkpoints["axlstm"]
+    assert load_model(path, released=True).framing == "reference"
+    assert load_model(path, released=True, framing="reference").framing == "reference"
+    assert load_model(path).framing == "exact"
+    with pytest.raises(ValueError, match="released=True means framing='reference', got framing='exact'"):
+        load_model(path, released=True, framing="exact")
+
+
 def test_unknown_option_is_named(checkpoints):
     with pytest.raises(TypeError, match="unexpected keyword argument 'hop'"):
         hear_axlstm.load_model(checkpoints["axlstm"], hop=10)

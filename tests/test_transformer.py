@@ -7,6 +7,7 @@ import torch
 from plain import plain_attention
 
 from hear_encoders import TransformerConfig, build_encoder, preset
+from hear_encoders.nn.patches import patchify
 from hear_encoders.nn.transformer import Attention, rotary_frequencies
 
 
@@ -62,6 +63,19 @@ def test_attention_is_scaled_dot_product_attention(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["audiomaepp", "mae"])
+def test_without_a_position_table_tokens_are_the_projected_patches(family):
+    with_table = build_encoder(config(family=family, rope="sequence"), seed=0)
+    without = build_encoder(config(family=family, rope="sequence", position_table="none"), seed=0)
+    assert with_table.state_dict().keys() == without.state_dict().keys()
+    logmel = torch.randn(2, 120, 80)
+    projected = without.patch_projection(patchify(logmel, without.config.patches))
+    assert torch.equal(without.embed(logmel), projected)
+    assert torch.equal(with_table.embed(logmel), projected + with_table.position_table[:150])
+    tokens = without.embed(logmel)
+    assert torch.equal(without.with_cls(tokens)[:, 0], with_table.with_cls(tokens)[:, 0])
+
+
+@pytest.mark.parametrize("family", ["audiomaepp", "mae"])
 def test_patch_rope_turns_by_true_place_whatever_order_or_subset_is_present(family):
     encoder = build_encoder(config(family=family, rope="patch"), seed=0)
     tokens = encoder.embed(torch.randn(2, 200, 80))
@@ -75,12 +89,14 @@ def test_patch_rope_turns_by_true_place_whatever_order_or_subset_is_present(fami
     torch.testing.assert_close(one[:, 1:].flip(1), other[:, 1:], rtol=1e-4, atol=1e-4)
 
 
-def test_sequence_rope_turns_by_the_place_in_the_sequence_as_released():
+def test_sequence_rope_turns_by_the_place_in_the_sequence():
     encoder = build_encoder(config(rope="sequence"), seed=0)
     tokens = encoder.embed(torch.randn(1, 200, 80))
     order = torch.arange(249, -1, -1)
-    reversed_order = encoder.encode(tokens[:, order], order[None])[:, 1:]
-    assert (reversed_order - encoder.encode(tokens)[:, 1:][:, order]).abs().max() > 1e-2
+    in_order = encoder.encode(tokens)[:, 1:][:, order]
+    torch.testing.assert_close(encoder.encode(tokens[:, order], order[None])[:, 1:], in_order, rtol=1e-4, atol=1e-4)
+    as_released = encoder.encode(tokens[:, order])[:, 1:]  # by place among the tokens that it sees
+    assert (as_released - in_order).abs().max() > 1e-2
     assert any("rotary.frequencies" in name for name in encoder.state_dict())  # they belong to the checkpoint
 
 

@@ -13,7 +13,17 @@ from typing import Any, Literal
 
 import yaml
 
-from hear_encoders.config import CONFIG_OF_FAMILY, EncoderConfig, PatchConfig, Rope, TransformerConfig
+from hear_encoders.config import (
+    CONFIG_OF_FAMILY,
+    AxLSTMConfig,
+    EncoderConfig,
+    PatchConfig,
+    PositionTable,
+    Rope,
+    TransformerConfig,
+)
+
+LossOn = Literal["masked", "all"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class DecoderConfig:
     depth: int = 4
     heads: int = 8
     rope: Rope = "none"
+    position_table: PositionTable = "sincos"
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,10 @@ class RunConfig:
         mask_ratio: share of patches masked.
         mask_positions: axlstm and ssast: mask tokens have positions. Those of published models have none (see
             `MaskedModel`).
+        loss_on: patches that the loss covers: "masked", as published, or "all", as in the released code of
+            AxLSTM and SSAST.
+        shuffled_rope: audiomaepp and mae with encoder.rope = sequence: the encoder rotates by place in the shuffled
+            sequence of visible patches, as in the released code, instead of by place in the segment.
         batch_size: crops per optimizer step, over all processes and micro-batches.
         accumulate: micro-batches per process and optimizer step.
         crops_per_record: crops of 2 s taken from a record each time it is read.
@@ -72,6 +87,8 @@ class RunConfig:
     decoder: DecoderConfig | None
     mask_ratio: float
     mask_positions: bool = True
+    loss_on: LossOn = "masked"
+    shuffled_rope: bool = False
     batch_size: int = 1024
     accumulate: int = 1
     crops_per_record: int = 1
@@ -107,6 +124,8 @@ class RunConfig:
         needs_decoder = self.encoder.family in ("audiomaepp", "mae")
         if needs_decoder != (self.decoder is not None):
             raise ValueError(f"family {self.encoder.family!r} {'needs a' if needs_decoder else 'has no'} decoder")
+        if self.shuffled_rope and not (needs_decoder and self.encoder.rope == "sequence"):
+            raise ValueError("shuffled_rope needs a masked autoencoder with encoder.rope = sequence")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
         for name in (
@@ -183,6 +202,9 @@ def learning_rate_factor(step: int, warmup: int, total: int, cooldown: int | Non
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's config from a YAML file.
 
+    The key `released`, false by default, selects all quirks of the papers' released code (see `as_released`). It is
+    not a field of the config, which states the resulting values.
+
     Args:
         path: the YAML file. Its key `inherits` names one or several other files, relative to it. Each file's values
             replace those of the files before it, and the values of `path` replace them all.
@@ -204,7 +226,35 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
             if not isinstance(target, dict):
                 raise ValueError(f"{override!r}: {parent!r} holds a value, not keys")
         target[last] = _parse(text, override)
-    return run_config_from_dict(values, str(path))
+    released = values.pop("released", False)
+    if type(released) is not bool:
+        raise ValueError(f"{path}: released must be bool, got {released!r}")
+    config = run_config_from_dict(values, str(path))
+    return as_released(config) if released else config
+
+
+def as_released(config: RunConfig) -> RunConfig:
+    """Return a run's config with the settings in which the papers' released code differs from their text.
+
+    AxLSTM and SSAST: the loss covers all patches, and mask tokens have no positions, which is also the text's.
+    AudioMAE++: attention's norm is SwiGLU's too. RoPE, if it is on, comes on top of the position table, and the encoder
+    rotates by place in the shuffled sequence of visible patches.
+    """
+    encoder, decoder = config.encoder, config.decoder
+    if isinstance(encoder, AxLSTMConfig) or decoder is None:
+        return dataclasses.replace(config, mask_positions=False, loss_on="all")
+    encoder = dataclasses.replace(
+        encoder,
+        rope=_released_rope(encoder.rope),
+        position_table="sincos",
+        swiglu_norm="attention" if encoder.family == "audiomaepp" else "own",
+    )
+    decoder = dataclasses.replace(decoder, rope=_released_rope(decoder.rope), position_table="sincos")
+    return dataclasses.replace(config, encoder=encoder, decoder=decoder, shuffled_rope=encoder.rope != "none")
+
+
+def _released_rope(rope: Rope) -> Rope:
+    return "none" if rope == "none" else "sequence"
 
 
 def run_config_from_dict(values: dict[str, Any], source: str) -> RunConfig:

@@ -22,7 +22,7 @@ from hear_encoders.config import EncoderConfig, TransformerConfig
 from hear_encoders.nn.build import ENCODER_OF_CONFIG
 from hear_encoders.nn.patches import patchify, sincos_1d
 from hear_encoders.nn.transformer import NORM_EPS, PlainBlock, TransformerPlusPlusBlock, initialize_transformer
-from training.config import RunConfig
+from training.config import LossOn, RunConfig
 from training.flops import count_flop
 from training.masking import Masking, visible_count
 
@@ -30,7 +30,7 @@ from training.masking import Masking, visible_count
 class Prediction(NamedTuple):
     """The output of a pretraining model."""
 
-    loss: Tensor  # () float32, mean squared error of the masked patches
+    loss: Tensor  # () float32, mean squared error of the masked patches, or of all (`RunConfig.loss_on`)
     patches: Tensor  # (B, N, P) float32, predicted values of all patches
 
 
@@ -43,6 +43,11 @@ def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """
     error = (prediction.float() - target.float()).square().mean(dim=-1)  # (B, N)
     return (error * mask).sum() / mask.sum()
+
+
+def pretraining_loss(prediction: Tensor, target: Tensor, mask: Tensor, loss_on: LossOn) -> Tensor:
+    """Return `masked_loss`, or the mean squared error of all patches."""
+    return masked_loss(prediction, target, torch.ones_like(mask) if loss_on == "all" else mask)
 
 
 class Decoder(nn.Module):
@@ -60,6 +65,8 @@ class Decoder(nn.Module):
         self.project = nn.Linear(encoder_dim, config.dim)
         self.mask_token = nn.Parameter(torch.empty(config.dim))
         table = F.pad(sincos_1d(torch.arange(patches.patches, device="cpu"), config.dim), (0, 0, 1, 0)).float()
+        if config.position_table == "none":
+            table.zero_()
         self.register_buffer("position_table", table, persistent=False)  # (1 + N, E); zeros for cls
         block = TransformerPlusPlusBlock if config.family == "audiomaepp" else PlainBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
@@ -86,10 +93,23 @@ class Decoder(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """AudioMAE++ and MAE: the encoder sees only the visible patches."""
+    """AudioMAE++ and MAE: the encoder sees only the visible patches.
 
-    def __init__(self, config: EncoderConfig, decoder: TransformerConfig) -> None:
+    Args:
+        config: the encoder's config.
+        decoder: the decoder's blocks.
+        loss_on, shuffled_rope: see `RunConfig`.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        decoder: TransformerConfig,
+        loss_on: LossOn = "masked",
+        shuffled_rope: bool = False,
+    ) -> None:
         super().__init__()
+        self.loss_on, self.shuffled_rope = loss_on, shuffled_rope
         self.encoder = ENCODER_OF_CONFIG[type(config)](config)
         self.decoder = Decoder(config.dim, decoder)
 
@@ -97,10 +117,11 @@ class MaskedAutoencoder(nn.Module):
         """Predict the patches of normalized log-mel (B, frames, bands)."""
         tokens = self.encoder.embed(logmel)  # (B, N, D)
         visible = tokens.gather(1, masking.keep[..., None].expand(-1, -1, tokens.shape[-1]))  # (B, K, D)
-        encoded = self.encoder.encode(visible, masking.keep)  # (B, 1 + K, D)
+        positions = None if self.shuffled_rope else masking.keep
+        encoded = self.encoder.encode(visible, positions)  # (B, 1 + K, D)
         prediction = self.decoder(encoded, masking.restore).float()
         target = patchify(logmel, self.encoder.config.patches)
-        return Prediction(masked_loss(prediction, target, masking.mask), prediction)
+        return Prediction(pretraining_loss(prediction, target, masking.mask, self.loss_on), prediction)
 
     def reset_parameters(self) -> None:
         self.encoder.reset_parameters()
@@ -115,11 +136,12 @@ class MaskedModel(nn.Module):
         mask_positions: add to each mask token the position of the patch that it replaces. Text (AxLSTM section 2.2)
             and released code replace the patch and its position by the bare mask token: attention, which sees
             positions in no other way, then predicts the same for all masked patches of a clip.
+        loss_on: see `RunConfig`.
     """
 
-    def __init__(self, config: EncoderConfig, mask_positions: bool = True) -> None:
+    def __init__(self, config: EncoderConfig, mask_positions: bool = True, loss_on: LossOn = "masked") -> None:
         super().__init__()
-        self.mask_positions = mask_positions
+        self.mask_positions, self.loss_on = mask_positions, loss_on
         self.encoder = ENCODER_OF_CONFIG[type(config)](config)
         self.mask_token = nn.Parameter(torch.empty(config.dim))
         self.head = nn.Sequential(
@@ -133,7 +155,7 @@ class MaskedModel(nn.Module):
         tokens = torch.where(masking.mask[..., None] > 0, masks.to(tokens.dtype), tokens)
         prediction = self.head(self.encoder.encode(tokens)[:, 1:]).float()
         target = patchify(logmel, self.encoder.config.patches)
-        return Prediction(masked_loss(prediction, target, masking.mask), prediction)
+        return Prediction(pretraining_loss(prediction, target, masking.mask, self.loss_on), prediction)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -147,9 +169,9 @@ def build_model(config: RunConfig) -> MaskedAutoencoder | MaskedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.decoder is not None:
-            model = MaskedAutoencoder(config.encoder, config.decoder_blocks())
+            model = MaskedAutoencoder(config.encoder, config.decoder_blocks(), config.loss_on, config.shuffled_rope)
         else:
-            model = MaskedModel(config.encoder, config.mask_positions)
+            model = MaskedModel(config.encoder, config.mask_positions, config.loss_on)
         model.reset_parameters()
     return model
 

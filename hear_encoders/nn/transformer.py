@@ -22,7 +22,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class SequenceRotary(nn.Module):
-    """Angles by place in the sequence that the block sees, cls at 0, as in the released code.
+    """Angles by each patch's place in the segment's sequence of patches, counted from 1; cls, at 0, does not turn.
 
     The frequencies are part of the checkpoint, because released checkpoints store them in every block.
     """
@@ -34,7 +34,9 @@ class SequenceRotary(nn.Module):
         self.register_buffer("frequencies", rotary_frequencies(head_dim // 2))
 
     def forward(self, length: int, positions: Tensor | None) -> Tensor:
-        return torch.arange(length, device=self.frequencies.device)[:, None] * self.frequencies  # (S, pairs)
+        if positions is None:
+            return torch.arange(length, device=self.frequencies.device)[:, None] * self.frequencies  # (S, pairs)
+        return (F.pad(positions + 1, (1, 0))[..., None] * self.frequencies)[:, None]  # (B, 1, S, pairs)
 
 
 class PatchRotary(nn.Module):
@@ -169,6 +171,8 @@ class TransformerEncoder(PatchEncoder):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
+        if config.position_table == "none":
+            self.position_table.zero_()
         block = TransformerPlusPlusBlock if config.family == "audiomaepp" else PlainBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)

@@ -35,7 +35,7 @@ def released_model(name, released):
             rope=config.rope,
             swiglu_norm=config.swiglu_norm,
         )
-        model = MaskedAutoencoder(config, decoder)
+        model = MaskedAutoencoder(config, decoder, shuffled_rope=config.rope == "sequence")
         outer = {"decoder_embed": "project", "decoder_norm": "norm", "decoder_pred": "predict"}
         for key, tensor in tensors.items():
             module, _, parameter = key.removeprefix("decoder.").rpartition(".")
@@ -122,6 +122,53 @@ def test_the_loss_covers_only_masked_patches():
     assert masked_loss(prediction, target, mask) == 0
     prediction[0, 1] += 3
     assert masked_loss(prediction, target, mask).item() == pytest.approx(9 / 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_can_cover_all_patches(family):
+    torch.manual_seed(0)
+    model = small_model(family)
+    model.reset_parameters()
+    model.loss_on = "all"
+    logmel = torch.randn(2, 200, 80)
+    with torch.no_grad():
+        prediction = model(logmel, random_masking(torch.rand(2, 250), 0.5))
+    target = patchify(logmel, model.encoder.config.patches)
+    torch.testing.assert_close(prediction.loss, (prediction.patches - target).square().mean())
+
+
+def small_rope_model(**options):
+    rope = TransformerConfig("audiomaepp", dim=48, depth=1, heads=3, rope="sequence", position_table="none")
+    model = MaskedAutoencoder(rope, rope, **options)
+    torch.manual_seed(0)
+    model.reset_parameters()
+    return model.eval()
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_rope_turns_by_true_place_unless_shuffled_as_in_the_released_code(shuffled):
+    """The order in which the encoder sees the visible patches matters only to the released code."""
+    model = small_rope_model(shuffled_rope=shuffled)
+    generator = torch.Generator().manual_seed(1)
+    logmel = torch.randn(1, 200, 80, generator=generator)
+    order = torch.randperm(250, generator=generator)
+    reordered = torch.cat([order[:50].flip(0), order[50:]])
+    predictions = []
+    for ids in (order, reordered):
+        masking = Masking(torch.ones(1, 250), ids[None, :50], ids.argsort()[None])
+        with torch.no_grad():
+            predictions.append(model(logmel, masking).patches)
+    difference = (predictions[0] - predictions[1]).abs().max()
+    assert difference > 1e-3 if shuffled else difference < 1e-5
+
+
+def test_rope_in_place_of_the_table_tells_masked_patches_apart():
+    model = small_rope_model()
+    assert not model.encoder.position_table.any() and not model.decoder.position_table.any()
+    masking = random_masking(torch.rand(1, 250), 0.8)
+    with torch.no_grad():
+        masked = model(torch.randn(1, 200, 80), masking).patches[masking.mask > 0]
+    assert masked.std(dim=0).mean() > 1e-3
 
 
 @pytest.mark.parametrize(("ratio", "visible"), [(0.8, 50), (0.5, 125), (0.75, 62)])
