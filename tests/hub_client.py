@@ -1,6 +1,6 @@
 """Clients of the stand-in Hub: functions that `call` runs in new processes, which know only the test's server.
 
-huggingface_hub reads its settings from the environment when it is imported, so each call needs a process of its own.
+huggingface_hub reads its settings from the environment when it is imported, so each call needs a separate process.
 On Linux these are forked from a server that has imported the slow modules already, but not huggingface_hub.
 """
 

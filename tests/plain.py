@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def plain_mlstm(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor) -> Tensor:
-    """AxLSTM equations 1-9 step by step, with the stabiliser of the xLSTM paper. (B, H, S, D) -> (B, H, S, D)."""
+    """AxLSTM equations 1-9 token by token, with the stabilizer of the xLSTM paper. (B, H, S, D) -> (B, H, S, D)."""
     batch, heads, length, dim = q.shape
     C = torch.zeros(batch, heads, dim, dim, dtype=q.dtype)
     n = torch.zeros(batch, heads, dim, dtype=q.dtype)
@@ -35,7 +35,7 @@ def plain_mlstm(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor) -
 
 
 def plain_mlstm_block(x: Tensor, tensors: dict[str, Tensor], heads: int) -> Tensor:
-    """DESIGN's mLSTM block, token by token where that is simplest. (B, S, D) -> (B, S, D)."""
+    """The mLSTM block (AxLSTM figure 1), token by token where that is simplest. (B, S, D) -> (B, S, D)."""
     w = tensors
     variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
     up = ((x - mean) / torch.sqrt(variance + 1e-5) * w["norm.weight"]) @ w["up.weight"].T

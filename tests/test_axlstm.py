@@ -43,7 +43,7 @@ def test_block_equals_the_equations_in_values_and_gradients(expansion, mode, dty
 
 @pytest.mark.parametrize("projection_block", [1, 3, 8, 16])  # heads of 24 and 12 channels
 @pytest.mark.parametrize("heads", [2, 4])
-def test_blocks_of_the_projections_may_lie_in_two_heads(heads, projection_block):
+def test_projection_blocks_may_span_two_heads(heads, projection_block):
     block = encoder_with(expansion=1, heads=heads, projection_block=projection_block).blocks[0].double()
     x = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(block(x), plain_mlstm_block(x, block.state_dict(), heads), rtol=1e-9, atol=1e-9)

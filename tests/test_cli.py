@@ -213,7 +213,7 @@ def files_in(folder: Path) -> list[str]:
 
 @pytest.fixture
 def expected(checkpoints: dict[str, Path]) -> Callable[..., np.ndarray]:
-    """Embed one file by itself, with the HEAR functions."""
+    """Embed one file alone, with the HEAR functions."""
 
     def compute(path: Path, name: str = "audiomaepp", timestamps: bool = False):
         module = hear_axlstm if name == "axlstm" else hear_audiomaepp

@@ -49,7 +49,7 @@ def test_results_are_those_of_one_thread(small_encoder, noise, torch_threads, th
     assert torch.equal(times, same_times)
 
 
-def test_every_thread_gets_equally_many_segments_and_the_remainder_is_encoded_by_itself(
+def test_every_thread_gets_equally_many_segments_and_the_remainder_is_encoded_separately(
     small_embedder, noise, torch_threads, threads_asked_for
 ):
     torch_threads(2)
@@ -80,7 +80,7 @@ def test_half_precision_and_compiled_encoders_stay_in_the_calling_thread(
 def test_a_flop_counter_sees_a_single_thread_completely(small_embedder, noise, torch_threads, kind):
     torch_threads(1)
     model, counted = small_embedder(kind), []
-    model.scene_embeddings(noise(2, 32_000))  # folds an AxLSTM's weights, with matmuls of its own
+    model.scene_embeddings(noise(2, 32_000))  # folds an AxLSTM's weights, which also takes matmuls
     for clips in (2, 4):
         with FlopCounterMode(display=False) as counter:
             model.scene_embeddings(noise(clips, 32_000))
@@ -213,7 +213,7 @@ def _in_a_fork(results: multiprocessing.SimpleQueue) -> None:
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_process_has_threads_of_its_own(torch_threads):
+def test_a_forked_process_has_its_own_threads(torch_threads):
     torch_threads(2)
     encode_in_threads(lambda part: part, torch.zeros(2), 2)  # starts those of this process
     context = multiprocessing.get_context("fork")

@@ -80,7 +80,7 @@ with open("report.json", "w") as file:
 
 @pytest.fixture(scope="session", params=PACKAGES)
 def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What importing the package in a fresh process did."""
+    """The effects of importing the package in a fresh process."""
     folder = tmp_path_factory.mktemp("import")
     process = subprocess.run(
         [sys.executable, "-W", "default", "-c", PROBE, request.param],
@@ -126,7 +126,7 @@ def test_hear_modules_do_not_import_each_other(imported: dict) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_source_file_imports_what_the_runtime_must_do_without(path: Path) -> None:
+def test_no_source_file_imports_what_the_runtime_does_not_need(path: Path) -> None:
     """Anywhere in it, in functions too; by name in importlib.import_module as well."""
     forbidden = {
         "training",
@@ -192,7 +192,7 @@ def _layer(module: str) -> tuple[int, str]:
 
 
 def _own_imports() -> dict[str, set[str]]:
-    """Return which of our modules each of our modules imports, from the source, inside functions too."""
+    """Return the imports between our modules, read from the source, inside functions too."""
     modules = {}
     for package in sorted(OWN_PACKAGES):
         for path in (ROOT / package).rglob("*.py"):
@@ -226,7 +226,7 @@ def test_imports_run_down_through_the_layers() -> None:
     assert upwards == []
 
 
-def test_imports_make_no_circle() -> None:
+def test_there_is_no_import_cycle() -> None:
     """Not even through an import inside a function."""
     graphlib.TopologicalSorter(_own_imports()).prepare()  # raises CycleError
 
@@ -242,7 +242,7 @@ def test_evaluation_needs_only_the_corpora_of_training() -> None:
     assert {name for name in needed if not name.startswith("training.corpora")} == set()
 
 
-def test_the_source_files_are_all_looked_at() -> None:
+def test_all_source_files_are_checked() -> None:
     names = {path.relative_to(ROOT).as_posix() for path in SOURCES}
     assert names >= {f"{package}/__init__.py" for package in PACKAGES} | {
         "hear_encoders/cli/embed.py",

@@ -81,7 +81,7 @@ def test_equals_the_released_code_in_values_and_the_plain_reference_in_gradients
 def expectation(length: int, gates: str):
     """The plain reference's outputs and gradients, and where they are well conditioned.
 
-    The normaliser is a sum that may cancel; h and its gradient then carry the rounding of its terms, whatever
+    The normalizer is a sum that may cancel; h and its gradient then carry the rounding of its terms, whatever
     computes them. Float32 is compared where the terms are less than 100 times their sum (nine steps of ten).
     """
     inputs = [x.requires_grad_() for x in cell_inputs(length, gates)]

@@ -103,7 +103,7 @@ def test_an_encoder_trains_as_with_the_plain_cell(monkeypatch, options):
 
 
 def test_an_encoder_falls_back_to_the_plain_cell(monkeypatch):
-    """For gates out of range, and for projection blocks that lie in two heads."""
+    """For gates out of range, and for projection blocks that span two heads."""
     for options, gate_scale in (({}, 1000.0), ({"expansion": 1, "projection_block": 8}, 1.0)):
         expected = trained_block_gradients(monkeypatch, options, False, gate_scale)
         assert_equal(trained_block_gradients(monkeypatch, options, True, gate_scale), expected, tolerance=1e-6)

@@ -30,7 +30,7 @@ def model() -> Embedder:
 
 
 def run(stream, audio: Tensor, blocks, finish: bool = True) -> tuple[Tensor, Tensor]:
-    """Push audio in blocks of these sizes, the last one over and over; all that comes out, joined."""
+    """Push audio in blocks of these sizes, repeating the last; return all results, joined."""
     sizes, parts, begin = list(blocks), [], 0
     while begin < audio.shape[-1]:
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
@@ -138,7 +138,7 @@ def test_streams_in_a_batch_equal_single_ones(model, noise):
 
 @pytest.mark.parametrize("given", [STATISTICS, None])
 @pytest.mark.parametrize("cut", [0, 100, 5000, 33000])
-def test_a_saved_state_goes_on_identically_in_another_stream(noise, tmp_path, given, cut):
+def test_a_saved_state_continues_identically_in_another_stream(noise, tmp_path, given, cut):
     model, audio = model_with(given), noise(2, 40000)
     options = {"streams": 2, "warm_up_s": 0.5}
     stream, other = hear_axlstm.stream(model, **options), hear_axlstm.stream(model, **options)
@@ -175,7 +175,7 @@ def test_the_state_has_a_constant_size(noise, given):
 
 
 @pytest.mark.parametrize("given", [STATISTICS, None])
-def test_reset_and_finish_begin_anew(noise, given):
+def test_reset_and_finish_start_over(noise, given):
     stream, audio = hear_axlstm.stream(model_with(given), warm_up_s=0.3), noise(1, 9000)
     fresh = stream.state
     expected, times = run(stream, audio, [1234])

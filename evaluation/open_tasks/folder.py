@@ -219,8 +219,7 @@ def _write_licences(folder: Path, task: str, packages: Sequence[str], cache: Pat
     for package in sorted(packages):
         text = archive.licence_text(package, cache)
         _write_text(folder / "licences" / f"{package}.txt", text)
-        names = ", ".join(archive.licence_names(text)) or "see its copyright file"
-        lines.append(f"| {package} | {archive.version(package, cache)} | {names.replace('|', '/')} |")
+        lines.append(f"| {package} | {archive.version(package, cache)} | {archive.licence_cell(text)} |")
     _write_text(folder / "LICENCES.md", "\n".join(lines) + "\n")
 
 

@@ -119,7 +119,7 @@ def expected_values(audio: Path, name: str, start_s: float, length_s: float) -> 
 
 
 def assert_near(values: np.ndarray, expected: np.ndarray) -> None:
-    """Check that values are equal up to rounding to a neighbouring float16."""
+    """Check that values are equal up to rounding to a neighboring float16."""
     assert values.dtype == np.float16
     np.testing.assert_array_almost_equal_nulp(values, expected, nulp=1)
 

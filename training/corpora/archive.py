@@ -189,6 +189,11 @@ def licence_text(package: str, cache: str | os.PathLike[str]) -> str:
     return (own / "copyright").read_text(encoding="utf-8", errors="replace")
 
 
+def licence_cell(text: str) -> str:
+    """Return a copyright file's licences for a cell of a Markdown table."""
+    return (", ".join(licence_names(text)) or "see its copyright file").replace("|", "/")
+
+
 def licence_names(text: str) -> list[str]:
     """Return the licences' names in a machine-readable copyright file, without repetitions; none in a free-form one."""
     return list(dict.fromkeys(name.strip() for name in re.findall(r"^License:[ \t]*(\S.*)$", text, re.MULTILINE)))

@@ -159,9 +159,8 @@ def write_licences(entries: Sequence[Entry], cache: Path, path: Path) -> None:
         "|---|---|--:|---|",
     ]
     for package, length in sorted(seconds.items()):
-        names = ", ".join(archive.licence_names(archive.licence_text(package, cache))) or "see its copyright file"
-        escaped = names.replace("|", "/")
-        lines.append(f"| {package} | {archive.version(package, cache)} | {length / 3600:.2f} | {escaped} |")
+        licences = archive.licence_cell(archive.licence_text(package, cache))
+        lines.append(f"| {package} | {archive.version(package, cache)} | {length / 3600:.2f} | {licences} |")
     with atomic_write(path) as file:
         file.write("\n".join([*lines, ""]).encode())
 

@@ -135,7 +135,7 @@ def make_plan(settings: dict[str, Any], recordings: Sequence[Recording], duratio
         durations_s: the recordings' lengths; 0 for an unreadable file. Need not be exact.
     """
     record_samples, shard_records = samples_per_record(settings), settings["shard_records"]
-    # Neighbours on disk are alike (albums, speakers), so shuffle them across the shards.
+    # Neighbors on disk are alike (albums, speakers), so shuffle them across the shards.
     order = sorted(range(len(recordings)), key=lambda i: digest(recordings[i].name, _SHUFFLE_SALT))
     shards: list[list[Recording]] = []
     free = 0
