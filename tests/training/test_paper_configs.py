@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from training.config import load_run_config
+from training.config import load_run_config, run_config_from_dict
 from training.masking import random_masking
 from training.objectives import build_model
 
@@ -170,6 +172,14 @@ def test_released_axlstm_and_ssast_have_the_loss_on_all_patches(name):
     assert config.encoder == text.encoder
     with_positions = load(f"axlstm/{name}", "mask_positions=true", "released=true")
     assert with_positions == config  # neither text nor code has them
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("released", ["false", "true"])
+def test_the_saved_config_states_the_resulting_values(name, released):
+    config = load(name, f"released={released}")
+    saved = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert "released" not in saved and run_config_from_dict(saved, name) == config
 
 
 def test_released_is_a_switch():
