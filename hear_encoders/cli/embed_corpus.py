@@ -119,7 +119,7 @@ def _agree_on_parts(options: argparse.Namespace, embedder: Embedder, rank: int, 
     """Return the numbers of the parts that are missing when the run begins, the same list in all processes.
 
     Rank 0 makes the list; the others read it from torchrun's key-value store. The store outlives the processes, so the
-    list survives a restart. By then some of its parts are done.
+    list survives a restart; some of its parts are then done already.
 
     Raises:
         FileNotFoundError, ValueError: as `_make_plan`, in rank 0; torchrun then stops the others.
