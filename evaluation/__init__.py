@@ -5,9 +5,11 @@
     driver                   runs hear-eval-kit on all tasks and seeds, in subprocesses
     kit, environment         the subprocess, and the virtual environment that it needs
     aggregate, published.csv means, intervals, the papers' score s(m) and their rows
+    papers                   which of the papers' tables and rows a model belongs to
     report, tables, page     results as HTML, Markdown and CSV
     probe                    quick comparison of weights on validation clips, without hear-eval-kit
-    baselines, functionals   HEAR modules to compare with; `functionals` needs openSMILE, which is for research only
+    baselines, hear_naive    HEAR modules to compare with
+    functionals              another one; needs openSMILE, which is for research only
     open_tasks/              small HEAR tasks from freely licensed recordings
 
 Nothing in `hear_encoders` or `training` imports it.

@@ -28,7 +28,7 @@ PUBLISHED_FILE = Path(__file__).with_name("published.csv")
 
 PUBLISHED_SEEDS = 10
 _PUBLISHED_TABLE = 2  # of both papers: the table with a score per task; other tables print s only
-_AGGREGATE = "s"  # marks s(m) in the file's task column
+_AGGREGATE, _PARAMETERS = "s", "parameters"  # in the file's task column: s(m), and millions of parameters
 _DRAWS = 2000
 _DRAWS_AT_ONCE = 100
 
@@ -67,6 +67,16 @@ class PublishedRow(NamedTuple):
     source: str
     tasks: dict[str, tuple[float, float]]
     aggregate: tuple[float, float]
+
+
+class AblationRow(NamedTuple):
+    """A row of a paper's Tables 3 to 5: the printed s(m), and millions of parameters where they are printed."""
+
+    paper: str
+    table: int
+    model: str
+    aggregate: tuple[float, float]
+    parameters: float | None
 
 
 def t_quantile(degrees: int) -> float:
@@ -140,6 +150,23 @@ def published_rows() -> tuple[PublishedRow, ...]:
                 row = cells.setdefault((line["paper"], line["model"], line["source"]), {})
                 row[line["task"]] = (float(line["mean"]), float(line["half_width"]))
     return tuple(PublishedRow(*key, tasks=row, aggregate=row.pop(_AGGREGATE)) for key, row in cells.items())
+
+
+@functools.cache
+def ablation_rows() -> tuple[AblationRow, ...]:
+    """Return the rows of both papers' Tables 3 to 5, in print order."""
+    cells: dict[tuple[str, int, str], dict[str, tuple[str, str]]] = {}
+    with open(PUBLISHED_FILE, encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            if int(line["table"]) != _PUBLISHED_TABLE:
+                row = cells.setdefault((line["paper"], int(line["table"]), line["model"]), {})
+                row[line["task"]] = (line["mean"], line["half_width"])
+    rows = []
+    for key, row in cells.items():
+        mean, half_width = map(float, row[_AGGREGATE])
+        parameters = float(row[_PARAMETERS][0]) if _PARAMETERS in row else None
+        rows.append(AblationRow(*key, aggregate=(mean, half_width), parameters=parameters))
+    return tuple(rows)
 
 
 @functools.cache

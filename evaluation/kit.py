@@ -49,7 +49,7 @@ MAP_CLIPS, MAP_COMPONENTS, MAP_PERPLEXITY, MAP_SEED = 600, 50, 30, 0
 
 
 def describe(module: str, weights_path: str | None, options: dict[str, Any], output: str) -> None:
-    """Load a model as heareval does; write its sample rate, sizes, weights' hash and library versions to `output`."""
+    """Load a model as heareval does, and write to `output` what `evaluation.results.ModelRecord` has of it."""
     from hear_encoders.files import write_json
 
     imported = importlib.import_module(module)
@@ -60,6 +60,7 @@ def describe(module: str, weights_path: str | None, options: dict[str, Any], out
             "sample_rate": int(model.sample_rate),
             "embedding_size": int(model.scene_embedding_size),
             **_weights(model),
+            "encoder": _encoder(model),
             "versions": _versions(module),
         },
     )
@@ -220,6 +221,14 @@ def _weights(model: object) -> dict[str, Any]:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {"parameters": sum(p.numel() for p in model.parameters()), "fingerprint": digest.hexdigest()}
+
+
+def _encoder(model: object) -> dict[str, Any] | None:
+    """Return the encoder's config if the model is one of this project's, else None."""
+    from hear_encoders.config import config_to_dict
+    from hear_encoders.embedder import Embedder
+
+    return config_to_dict(model.encoder.config) if isinstance(model, Embedder) else None
 
 
 def _versions(module: str) -> dict[str, str]:

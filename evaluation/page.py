@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from evaluation.results import EmbeddingMap, Results
-from evaluation.tables import Comparison, Entry, Table, compare_hear, compare_others, standings, tables, text
+from evaluation.tables import Comparison, Entry, Table, ablations, compare_hear, compare_others, standings, tables, text
 from evaluation.tasks import ONSET_METRIC, scale
 
 _TEMPLATE_FILE = "report.html.j2"
@@ -37,15 +37,17 @@ _METRICS = {"top1_acc": "accuracy", "pitch_acc": "pitch accuracy", "mAP": "mean 
 _CHANCE_METRICS = ("top1_acc", "pitch_acc")
 
 
-def page(results: Results) -> str:
-    """Return the whole page."""
+def page(results: Results, scale: str = "paper") -> str:
+    """Return the whole page. `scale` is that of `evaluation.tables.compare_hear`."""
     colors = {model.label: _color(row) for row, model in enumerate(results.models)}
-    found = {table.name: table for table in tables(results)}
-    sections = []
-    for name, comparison in (("hear", compare_hear(results)), ("others", compare_others(results))):
-        if comparison:
-            cards = [_card(task, comparison, results) for task in comparison.tasks]
-            sections.append({"id": name, "title": comparison.title, "comparison": comparison, "cards": cards})
+    found = {table.name: table for table in tables(results, scale)}
+    sections: list[dict[str, object]] = []
+    for comparison in compare_hear(results, scale) + compare_others(results):
+        evaluated = {task for entry in comparison.entries if entry.own for task in entry.scores}
+        cards = [_card(task, comparison, results) for task in comparison.tasks if task in evaluated]
+        sections.append({"id": comparison.name, "title": comparison.title, "comparison": comparison, "cards": cards})
+    if printed := ablations(results):
+        sections.append({"id": "ablations", "title": "The papers' ablations", "tables": printed})
     if "onsets" in found:
         sections.append({"id": "onsets", "title": "Events", "table": found["onsets"]})
     if maps := [_task_maps(task, results) for task in results.all_tasks() if _maps_of(task, results)]:
@@ -63,7 +65,7 @@ def page(results: Results) -> str:
     environment.filters.update(percent=_percent, cell=text, breakable=_breakable)
     return environment.get_template(_TEMPLATE_FILE).render(
         colors=colors,
-        lines=standings(results) + results.remarks,
+        lines=standings(results, scale) + results.remarks,
         sections=sections,
         tables=found,
         column_classes=_column_classes,

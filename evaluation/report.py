@@ -1,9 +1,9 @@
 """Report results beside the papers' tables: an HTML page, and the same tables as Markdown and CSV.
 
-    python -m evaluation report RESULTS... [--out DIR] [--tasks TASK ...]
+    python -m evaluation report RESULTS... [--out DIR] [--tasks TASK ...] [--scale paper|all]
 
 The report has, per task, the mean over seeds with its 95 % interval; the papers' aggregate s(m), ranked among their
-models; onset F-measures of event tasks; maps of embeddings; and the time taken.
+models; the papers' Tables 3 to 5; onset F-measures of event tasks; maps of embeddings; and the time taken.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evaluation.page import page
 from evaluation.results import Results, read_results
-from evaluation.tables import TABLE_NAMES, comma_separated, escape_markdown, markdown, standings, tables
+from evaluation.tables import SCALES, TABLE_NAMES, comma_separated, escape_markdown, markdown, standings, tables
 from hear_encoders.console import BAD_USAGE, print_error
 from hear_encoders.files import atomic_write
 
@@ -23,18 +23,19 @@ PAGE_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
 
 
-def write_report(results: Results, out: Path) -> None:
+def write_report(results: Results, out: Path, scale: str = "paper") -> None:
     """Write report.html, report.md and one CSV file per table.
 
     Args:
         results: from `read_results`.
         out: output folder; created if missing.
+        scale: of s(m) on HEAR's tasks, see `evaluation.tables.compare_hear`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    found = tables(results)
+    found = tables(results, scale)
     files = {f"{table.name}.csv": comma_separated(table) for table in found}
-    files[MARKDOWN_FILE] = _markdown_report(standings(results) + results.remarks, [markdown(table) for table in found])
-    files[PAGE_FILE] = page(results)
+    files[MARKDOWN_FILE] = _markdown_report(standings(results, scale) + results.remarks, [*map(markdown, found)])
+    files[PAGE_FILE] = page(results, scale)
     for name, content in files.items():
         with atomic_write(out / name) as file:
             file.write(content.encode())
@@ -53,15 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="folder with one folder per model")
     parser.add_argument("--out", type=Path, metavar="DIR", help="output folder; default: report/ in the first RESULTS")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these: HEAR abbreviations or folder names")
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="paper",
+        help="worst and best run in s(m): of each paper's own models, as in print, or of all models; default: paper",
+    )
     options = parser.parse_args(arguments)
     out = options.out or options.results[0] / "report"
     try:
         results = read_results(options.results, options.tasks)
-        write_report(results, out)
+        write_report(results, out, options.scale)
     except (OSError, ValueError) as error:
         print_error(parser.prog, f"error: {error}")
         return BAD_USAGE
-    for line in standings(results):
+    for line in standings(results, options.scale):
         print(line)
     print(out / PAGE_FILE)
     return 0

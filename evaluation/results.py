@@ -33,7 +33,10 @@ Record = TypeVar("Record", "ModelRecord", "TaskRecord", "SeedRecord", "Embedding
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """model.json. `fingerprint` hashes the weights; None if the model is not a torch module."""
+    """model.json. `fingerprint` hashes the weights; None if the model is not a torch module.
+
+    `encoder` is the config of this project's encoders; None for other models.
+    """
 
     label: str
     module: str
@@ -43,6 +46,7 @@ class ModelRecord:
     sample_rate: int
     embedding_size: int
     parameters: int | None
+    encoder: dict[str, Any] | None
     versions: dict[str, str]
 
 
@@ -157,7 +161,7 @@ class ModelFolder:
         Raises:
             ValueError: the folder holds results of another model.
         """
-        free = {"label", "sample_rate", "embedding_size", "parameters", "versions"}
+        free = {"label", "sample_rate", "embedding_size", "parameters", "encoder", "versions"}
         if model.fingerprint is not None:
             free.add("weights")  # the same weights may lie elsewhere now
         record = write_or_check_settings(

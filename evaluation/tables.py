@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,23 +18,38 @@ from evaluation.aggregate import (
     Aggregate,
     Estimate,
     Extremes,
+    PublishedRow,
+    ablation_rows,
     aggregate,
     estimate,
     extremes,
     published_rows,
     published_runs,
 )
-from evaluation.results import Results
+from evaluation.papers import PAPERS, has_encoder, in_paper
+from evaluation.results import ModelRecord, ModelResult, Results
 from evaluation.tasks import HEAR_TASKS, lower_is_better
 
 Cell = str | int | float | Estimate | None
 
-COMPARISONS = ("hear", "others")
+_PARAMETERS = "#M parameters"
+
+SCALES = ("paper", "all")  # s(m) on the scale of each paper's own models, or of all models together
+COMPARISONS = (*PAPERS, "hear", "others")
+ABLATION_TABLES = tuple(dict.fromkeys((row.paper, row.table) for row in ablation_rows()))
 TABLE_NAMES = (
     "models",
     *(f"{comparison}_{table}" for comparison in COMPARISONS for table in ("aggregate", "scores", "extremes")),
+    *(f"{name}_table{table}" for name, paper in PAPERS.items() for owner, table in ABLATION_TABLES if owner == paper),
     *("onsets", "timing", "timing_totals"),
 )
+_ABLATION_TITLES = {
+    ("AudioMAE++", 3): "RoPE",
+    ("AudioMAE++", 4): "decoder dimensions",
+    ("AxLSTM", 3): "expansion factor",
+    ("AxLSTM", 4): "patch size",
+    ("AxLSTM", 5): "gate and flip",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,7 @@ class Entry:
         scores: by task.
         aggregate: s(m); None if no task allows one.
         printed: s(m) as printed, by paper; None for a model evaluated here.
+        card: the record of a model evaluated here; None for a published one.
     """
 
     name: str
@@ -53,6 +70,13 @@ class Entry:
     scores: dict[str, Estimate]
     aggregate: Aggregate | None
     printed: dict[str, Estimate] | None
+    card: ModelRecord | None = None
+
+    @property
+    def parameters(self) -> float | None:
+        """Millions of parameters of a model evaluated here; None if unknown or none."""
+        count = self.card.parameters if self.card else None
+        return count / 1e6 if isinstance(count, int) and count else None
 
     @property
     def own(self) -> bool:
@@ -62,9 +86,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models on a group of tasks, best s(m) first. s(m) covers `ranked_tasks`."""
+    """Models on a group of tasks, best s(m) first. s(m) covers `ranked_tasks`.
 
+    `paper` is the paper whose models alone set the scale of s(m); None if all models of the comparison set it.
+    """
+
+    name: str  # begins the names of its tables
     title: str
+    paper: str | None
     tasks: list[str]
     ranked_tasks: list[str]
     metrics: dict[str, str]
@@ -111,17 +140,33 @@ class Table:
         return len({row.own for row in self.rows}) > 1
 
 
-def compare_hear(results: Results) -> Comparison | None:
-    """Compare results on HEAR's ten tasks with both papers' models; None if there are none."""
+def compare_hear(results: Results, scale: str = "paper") -> list[Comparison]:
+    """Compare results on HEAR's ten tasks with the papers' Table 2; return nothing if there are no such results.
+
+    Args:
+        results: from `read_results`.
+        scale: "paper" makes a comparison for each paper, with its models and those evaluated here that belong to it
+            (see `evaluation.papers`); worst and best run are those of the paper's own models, as in print. "all" makes
+            one comparison of all models, in which worst and best run are those of any model.
+    """
     tasks = _scored(results, results.hear_tasks())
-    return _compare(results, "HEAR tasks", tasks, published=True) if tasks else None
+    if not tasks:
+        return []
+    if scale == "all":
+        return [_compare(results, results.models, "hear", "HEAR tasks", tasks, published_rows())]
+    comparisons = []
+    for name, paper in PAPERS.items():
+        models = [model for model in results.models if in_paper(model.card, paper)]
+        rows = [row for row in published_rows() if row.paper == paper]
+        comparisons.append(_compare(results, models, name, f"{paper} paper, Table 2", tasks, rows, paper))
+    return comparisons
 
 
-def compare_others(results: Results) -> Comparison | None:
-    """Compare results on all other tasks with each other; None if there are none."""
+def compare_others(results: Results) -> list[Comparison]:
+    """Compare results on all other tasks with each other; return nothing if there are none."""
     tasks = _scored(results, results.other_tasks())
     title = "Other tasks" if _scored(results, results.hear_tasks()) else "All tasks"
-    return _compare(results, title, tasks, published=False) if tasks else None
+    return [_compare(results, results.models, "others", title, tasks)] if tasks else []
 
 
 def _scored(results: Results, tasks: list[str]) -> list[str]:
@@ -129,10 +174,18 @@ def _scored(results: Results, tasks: list[str]) -> list[str]:
     return [task for task in tasks if any(result.scores for result in results.of_task(task))]
 
 
-def _compare(results: Results, title: str, tasks: list[str], published: bool) -> Comparison:
-    simulated = published_runs() if published else {}
-    rows = published_rows() if published else ()
+def _compare(
+    results: Results,
+    models: Sequence[ModelResult],
+    name: str,
+    title: str,
+    tasks: list[str],
+    rows: Sequence[PublishedRow] = (),
+    paper: str | None = None,
+) -> Comparison:
+    """Compare `models`, some of those in `results`, with each other and with published rows."""
     printed = {row.model: row for row in rows}
+    simulated = {model: published_runs()[model] for model in printed}
     aggregates: dict[str, dict[str, Estimate]] = {}  # as printed, by model and paper
     for row in rows:
         aggregates.setdefault(row.model, {})[row.paper] = Estimate(*row.aggregate, runs=PUBLISHED_SEEDS)
@@ -146,36 +199,37 @@ def _compare(results: Results, title: str, tasks: list[str], published: bool) ->
             raise ValueError(f"{task} has changed between the models' runs: evaluate all models on the same clips")
         metrics[task] = found[0]
 
-    runs = {model: {task: simulated[model][task] for task in tasks} for model in simulated}
-    own = {}  # name in the comparison -> label
-    for model in results.models:
+    published = {model: {task: simulated[model][task] for task in tasks} for model in simulated}
+    runs, own = dict(published), {}  # own: name in the comparison -> model
+    for model in models:
         scores = {task: model.tasks[task].scores for task in tasks if task in model.tasks}
         scores = {task: seeds for task, seeds in scores.items() if seeds}
         if scores:
-            name = model.label if model.label not in simulated else f"{model.label} (here)"
-            own[name] = model.label
-            runs[name] = scores
+            unique = model.label if model.label not in simulated else f"{model.label} (here)"
+            own[unique] = model
+            runs[unique] = scores
 
     # A task that only one model has would be normalized by that model's own luck.
     shared = [task for task in tasks if sum(task in scores for scores in runs.values()) > 1]
-    bounds = extremes(runs, metrics)
+    bounds = extremes(published if paper else runs, metrics)
     bounds = {task: bounds[task] for task in shared if bounds[task].worst != bounds[task].best}
     entries = []
-    for name, scores in runs.items():
-        if name in own:
-            estimates = {task: estimate(list(values.values())) for task, values in scores.items()}
-        else:
-            estimates = {task: Estimate(*printed[name].tasks[task], runs=PUBLISHED_SEEDS) for task in tasks}
+    for entry, scores in runs.items():
         total = aggregate(scores, bounds)
-        entries.append(Entry(name, own.get(name, name), estimates, total, None if name in own else aggregates[name]))
+        if entry in own:
+            estimates = {task: estimate(list(values.values())) for task, values in scores.items()}
+            entries.append(Entry(entry, own[entry].label, estimates, total, None, own[entry].card))
+        else:
+            estimates = {task: Estimate(*printed[entry].tasks[task], runs=PUBLISHED_SEEDS) for task in tasks}
+            entries.append(Entry(entry, entry, estimates, total, aggregates[entry]))
     entries.sort(key=lambda entry: entry.aggregate.estimate.mean if entry.aggregate else float("-inf"), reverse=True)
-    return Comparison(title, tasks, list(bounds), metrics, bounds, entries)
+    return Comparison(name, title, paper, tasks, list(bounds), metrics, bounds, entries)
 
 
-def standings(results: Results) -> list[str]:
+def standings(results: Results, scale: str = "paper") -> list[str]:
     """Return the place of each model evaluated here, in sentences."""
-    comparisons = (compare_hear(results), compare_others(results))
-    return [line for comparison in comparisons if comparison for line in summary(comparison)]
+    comparisons = compare_hear(results, scale) + compare_others(results)
+    return [line for comparison in comparisons for line in summary(comparison)]
 
 
 def summary(comparison: Comparison) -> list[str]:
@@ -189,6 +243,8 @@ def summary(comparison: Comparison) -> list[str]:
             lines.append(f"{entry.name}: no s(m), because it needs a task that two models have.")
             continue
         line = f"{entry.name}: s(m) {text(entry.aggregate.estimate)}"
+        if comparison.paper:
+            line += f" on the {comparison.paper} paper's scale"
         rank = comparison.rank(entry)
         if rank is None:
             missing = [task for task in comparison.ranked_tasks if task not in entry.aggregate.tasks]
@@ -220,9 +276,10 @@ def _ranked_tasks(comparison: Comparison) -> str:
 
 def method(comparison: Comparison) -> list[str]:
     """Describe how a comparison's numbers were computed."""
+    scale = f"model in the {comparison.paper} paper's Table 2" if comparison.paper else "model in this table"
     lines = [
         "Scores are means over seeds in percent, with 95 % intervals (Student's t); n/a with fewer than two seeds.",
-        "s(m) = 100/|T| · Σ (x - worst)/(best - worst): worst and best over every run of every model in this table; "
+        f"s(m) = 100/|T| · Σ (x - worst)/(best - worst): worst and best over every run of every {scale}; "
         "computed per seed, then averaged.",
     ]
     if any(score.runs == 2 for entry in comparison.entries for score in entry.scores.values()):
@@ -235,11 +292,18 @@ def method(comparison: Comparison) -> list[str]:
         lines.append("No published results exist for these tasks: s(m) only compares these models with each other.")
         return lines
     all_ten = len(comparison.ranked_tasks) == len(HEAR_TASKS)
+    source = f"{' and '.join(comparison.papers)} paper{'s' if len(comparison.papers) > 1 else ''}"
     lines.append(
-        f"Published rows are from Table 2 of the {' and '.join(comparison.papers)} papers, which print means and "
-        "intervals only. Their runs are simulated: ten normal scores with exactly that mean and interval; of 2000 "
-        "seeded draws, the one closest to both printed s columns, each computed over the models of its own paper."
+        f"Published rows are from Table 2 of the {source}: means and intervals only. Their runs are simulated: ten "
+        "normal scores with exactly that mean and interval; of 2000 seeded draws, the one closest to both papers' s "
+        "columns."
     )
+    if comparison.paper:
+        lines.append(
+            "Models evaluated here do not change the scale; their s(m) can lie below 0 or above 100."
+            + ("" if all_ten else " The printed s(m) covers all ten tasks, so it differs from the one here.")
+        )
+        return lines
     lines.append(
         "Here worst and best cover the models of both papers and the models evaluated here. So the s(m) of published "
         "rows differs from the printed one, which covers the 20 models of its own paper"
@@ -260,20 +324,58 @@ def method(comparison: Comparison) -> list[str]:
     return lines
 
 
-def tables(results: Results) -> list[Table]:
-    """Return all tables of a report."""
+def tables(results: Results, scale: str = "paper") -> list[Table]:
+    """Return all tables of a report. `scale` is that of `compare_hear`."""
     found = [_models_table(results)]
-    for name, comparison in zip(COMPARISONS, (compare_hear(results), compare_others(results))):
-        if comparison:
-            if comparison.ranked_tasks:
-                found.append(_ranking(name, comparison))
-            found.append(_scores(name, comparison))
-            if comparison.ranked_tasks:
-                found.append(_extremes(name, comparison))
+    for comparison in compare_hear(results, scale) + compare_others(results):
+        if comparison.ranked_tasks:
+            found.append(_ranking(comparison))
+        found.append(_scores(comparison))
+        if comparison.ranked_tasks:
+            found.append(_extremes(comparison))
+    found += ablations(results)
     if onsets := _onsets(results):
         found.append(onsets)
     found += [_timing(results), _totals(results)]
     return found
+
+
+def ablations(results: Results) -> list[Table]:
+    """Return Tables 3 to 5 of the papers, with the models evaluated here that have the encoder of a printed row.
+
+    s(m) is on the scale of the paper, because these tables print nothing else.
+    """
+    comparisons = {comparison.paper: comparison for comparison in compare_hear(results)}
+    return [_ablation(comparisons[paper], paper, table) for paper, table in ABLATION_TABLES if paper in comparisons]
+
+
+def _ablation(comparison: Comparison, paper: str, table: int) -> Table:
+    printed = [row for row in ablation_rows() if (row.paper, row.table) == (paper, table)]
+    own = [entry for entry in comparison.entries if entry.own]
+    under: dict[tuple[str, ...], list[Entry]] = {}  # names of printed rows with one encoder -> own models with it
+    for entry in own:
+        names = tuple(row.model for row in printed if has_encoder(entry.card, (paper, table, row.model)))
+        if names:
+            under.setdefault(names, []).append(entry)
+    rows = []
+    for row in printed:
+        rows.append(Row([row.model, "as printed", row.parameters, Estimate(*row.aggregate, PUBLISHED_SEEDS)], False))
+        for names, entries in under.items():
+            if row.model == names[-1]:
+                for entry in entries:
+                    score = entry.aggregate.estimate if entry.aggregate else None
+                    rows.append(Row([" or ".join(names), entry.name, entry.parameters, score]))
+    short = next(name for name, title in PAPERS.items() if title == paper)
+    notes = [
+        "A model evaluated here stands under the printed rows whose encoder it has. Its s(m) is on the scale of the "
+        f"paper's Table 2 and covers {_ranked_tasks(comparison)}."
+    ]
+    if len(comparison.ranked_tasks) < len(HEAR_TASKS):
+        notes.append("The printed s(m) covers all ten tasks, so the two are not comparable.")
+    if any(len(names) > 1 for names in under):
+        notes.append("Rows with different decoders have the same encoder: only the model's name tells which it is.")
+    title = f"{paper} paper, Table {table}: {_ABLATION_TITLES[paper, table]}"
+    return Table(f"{short}_table{table}", title, ["Row of the paper", "Model", _PARAMETERS, "s(m)"], rows, notes)
 
 
 def _models_table(results: Results) -> Table:
@@ -296,7 +398,7 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _ranking(name: str, comparison: Comparison) -> Table:
+def _ranking(comparison: Comparison) -> Table:
     rows = [
         Row(
             [
@@ -311,21 +413,25 @@ def _ranking(name: str, comparison: Comparison) -> Table:
         for entry in comparison.entries
     ]
     columns = ["Place", "Model", "s(m)", "Tasks", *(f"printed in {paper}" for paper in comparison.papers)]
-    return Table(f"{name}_aggregate", f"{comparison.title}: aggregate score", columns, rows, method(comparison))
+    title = f"{comparison.title}: aggregate score"
+    return Table(f"{comparison.name}_aggregate", title, columns, rows, method(comparison))
 
 
-def _scores(name: str, comparison: Comparison) -> Table:
+def _scores(comparison: Comparison) -> Table:
     best = {}
-    for column, task in enumerate(comparison.tasks, start=1):
+    for column, task in enumerate(comparison.tasks, start=2):
         means = [round(entry.scores[task].mean, 1) for entry in comparison.entries if task in entry.scores]
         if len(means) > 1:
             best[column] = min(means) if lower_is_better(comparison.metrics[task]) else max(means)
     rows = []
     for entry in comparison.entries:
-        cells: list[Cell] = [entry.name, *(entry.scores.get(task) for task in comparison.tasks)]
-        top = {
-            column for column, cell in enumerate(cells) if column and cell and round(cell.mean, 1) == best.get(column)
-        }
+        cells: list[Cell] = [entry.name, entry.parameters]
+        top = set()
+        for column, task in enumerate(comparison.tasks, start=2):
+            score = entry.scores.get(task)
+            cells.append(score)
+            if score and round(score.mean, 1) == best.get(column):
+                top.add(column)
         if comparison.ranked_tasks:
             cells.append(entry.aggregate.estimate if entry.aggregate else None)
         rows.append(Row(cells, entry.own, frozenset(top)))
@@ -336,19 +442,18 @@ def _scores(name: str, comparison: Comparison) -> Table:
     note = "Metrics: " + "; ".join(f"{metric} ({', '.join(tasks)})" for metric, tasks in by_metric.items()) + "."
     # The notes on s(m) belong to its own table, if there is one.
     notes = [note] if comparison.ranked_tasks else [note, *method(comparison)]
-    columns = ["Model", *comparison.tasks, *(["s(m)"] if comparison.ranked_tasks else [])]
-    return Table(f"{name}_scores", title, columns, rows, notes)
+    columns = ["Model", _PARAMETERS, *comparison.tasks, *(["s(m)"] if comparison.ranked_tasks else [])]
+    return Table(f"{comparison.name}_scores", title, columns, rows, notes)
 
 
-def _extremes(name: str, comparison: Comparison) -> Table:
+def _extremes(comparison: Comparison) -> Table:
     rows = [
         Row([task, bound.worst, bound.worst_model, bound.best, bound.best_model])
         for task, bound in comparison.bounds.items()
     ]
     title = f"{comparison.title}: the runs that set the scale of s(m)"
-    return Table(
-        f"{name}_extremes", title, ["Task", "Worst run", "Worst run's model", "Best run", "Best run's model"], rows
-    )
+    columns = ["Task", "Worst run", "Worst run's model", "Best run", "Best run's model"]
+    return Table(f"{comparison.name}_extremes", title, columns, rows)
 
 
 def _onsets(results: Results) -> Table | None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from evaluation import kit
+from hear_encoders.config import config_to_dict, preset
 
 
 @pytest.fixture
@@ -165,3 +166,14 @@ def test_a_models_fingerprint_covers_weights_names_and_dtypes(tmp_path):
     assert same == again
     assert len({same, fingerprint(nudge), fingerprint(exchange), fingerprint(lambda model: model.half())}) == 4
     assert kit._weights(object()) == {"parameters": None, "fingerprint": None}
+
+
+def test_a_models_record_has_its_encoders_config_and_parameters(tmp_path, monkeypatch):
+    monkeypatch.setattr(kit, "_versions", lambda module: {})  # heareval is not installed here
+    kit.describe("evaluation.baselines", None, {"untrained": "axlstm_tiny"}, str(tmp_path / "model.json"))
+    record = json.loads((tmp_path / "model.json").read_text())
+    assert record["encoder"] == json.loads(json.dumps(config_to_dict(preset("axlstm_tiny"))))
+    assert record["parameters"] == pytest.approx(4.3e6, rel=0.02) and record["embedding_size"] == 960
+    kit.describe("evaluation.hear_naive", None, {}, str(tmp_path / "model.json"))
+    record = json.loads((tmp_path / "model.json").read_text())
+    assert (record["encoder"], record["parameters"], record["embedding_size"]) == (None, 0, 4096)

@@ -12,13 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from evaluation import aggregate as scores
 from evaluation import report
 from evaluation.page import page
+from evaluation.papers import ENCODERS
+from evaluation.papers import PAPERS as PAPERS_BY_NAME
 from evaluation.results import read_results
 from evaluation.tables import TABLE_NAMES, compare_hear, compare_others, markdown, summary, tables, text
 from evaluation.tasks import HEAR_TASKS
+from hear_encoders.config import EncoderConfig, config_to_dict, preset
+from hear_encoders.nn.build import ENCODER_OF_CONFIG
 
 HEAR_FOLDERS = {
     "BO": "beijing_opera-v1.0-hear2021-full",
@@ -32,7 +37,7 @@ HEAR_FOLDERS = {
     "E50": "esc50-v2.0.0-full",
     "F50K": "fsd50k-v1.0-full",
 }
-PAPERS = ("AudioMAE++", "AxLSTM")
+PAPERS = tuple(PAPERS_BY_NAME.values())
 
 
 def write(path: Path, value: object) -> None:
@@ -57,9 +62,11 @@ def add_task(model: Path, folder: str, runs: list[float], metric: str = "top1_ac
     return model / folder
 
 
-def add_like(results: Path, label: str, published: str, tasks: tuple[str, ...] = tuple(HEAR_FOLDERS)) -> Path:
+def add_like(
+    results: Path, label: str, published: str, tasks: tuple[str, ...] = tuple(HEAR_FOLDERS), **card: object
+) -> Path:
     """Add a model with the simulated runs of a published model."""
-    model = add_model(results, label)
+    model = add_model(results, label, **card)
     for task in tasks:
         runs = scores.published_runs()[published][task]
         add_task(model, HEAR_FOLDERS[task], [score / 100 for score in runs.values()])
@@ -159,6 +166,108 @@ def test_other_rules_do_not_reproduce_the_papers():
     assert max(map(abs, errors)) > 0.8
 
 
+# ---- results in the papers' tables ----
+
+
+def with_encoder(config: EncoderConfig) -> dict:
+    """Return what a model's record has of its encoder."""
+    return {"module": "anything", "encoder": config_to_dict(config), "parameters": count_parameters(config)}
+
+
+def count_parameters(config: EncoderConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ENCODER_OF_CONFIG[type(config)](config).parameters())
+
+
+@pytest.mark.parametrize(("name", "paper"), PAPERS_BY_NAME.items())
+def test_the_runs_of_each_printed_model_give_its_printed_s(tmp_path, name, paper):
+    family = "audiomaepp_tiny" if paper == "AudioMAE++" else "axlstm_tiny"
+    printed = {row.model: row.aggregate for row in scores.published_rows() if row.paper == paper}
+    for number, model in enumerate(printed):
+        add_like(tmp_path, f"copy{number}", model, **with_encoder(preset(family)))
+    comparisons = {comparison.name: comparison for comparison in compare_hear(read_results([tmp_path]))}
+    entries = {entry.name: entry for entry in comparisons[name].entries}
+    for number, (model, (mean, half_width)) in enumerate(printed.items()):
+        for found in (entries[f"copy{number}"].aggregate.estimate, entries[model].aggregate.estimate):
+            assert found.mean == pytest.approx(mean, abs=0.25)
+            assert found.half_width == pytest.approx(half_width, abs=0.25)
+    (other,) = comparisons.keys() - {name}
+    assert not any(entry.own for entry in comparisons[other].entries)
+
+
+def test_models_evaluated_here_do_not_change_a_papers_scale(tmp_path):
+    model = add_like(tmp_path, "mine", "AxLSTM-T")
+    before = compare_hear(read_results([tmp_path]))[1]
+    add_task(model, HEAR_FOLDERS["VL"], [0.97 + 0.001 * seed for seed in range(10)])
+    add_task(model, HEAR_FOLDERS["E50"], [0.01 + 0.001 * seed for seed in range(10)])
+    after = compare_hear(read_results([tmp_path]))[1]
+    assert after.bounds == before.bounds
+    published = [{entry.name: entry for entry in found.entries if not entry.own} for found in (before, after)]
+    assert published[0] == published[1]
+
+
+def test_a_model_of_another_kind_stands_in_both_papers_and_its_line_names_the_scale(tmp_path, capsys):
+    add_like(tmp_path, "naive", "HEAR-Naive", module="evaluation.hear_naive", parameters=0)
+    add_like(tmp_path, "old", "MAE-Tiny", module="hear_audiomaepp")  # results from before the encoder was recorded
+    comparisons = compare_hear(read_results([tmp_path]))
+    own = [[entry.name for entry in comparison.entries if entry.own] for comparison in comparisons]
+    assert own == [["old", "naive"], ["naive"]]
+    assert all(entry.parameters is None for comparison in comparisons for entry in comparison.entries)
+    assert report.main([str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("naive: s(m) 5.")]
+    assert ["on the AudioMAE++ paper's scale" in line for line in lines] == [True, False]
+    assert ["on the AxLSTM paper's scale" in line for line in lines] == [False, True]
+
+
+def test_every_row_of_tables_3_to_5_has_its_encoder():
+    assert list(ENCODERS) == [(row.paper, row.table, row.model) for row in scores.ablation_rows()]
+
+
+@pytest.mark.parametrize("row", [row for row in scores.ablation_rows() if row.parameters], ids=lambda row: row.model)
+def test_printed_parameters_are_those_of_the_encoder(row):
+    counted = count_parameters(ENCODERS[row.paper, row.table, row.model]) / 1e6
+    assert round(counted, 1) == pytest.approx(row.parameters, abs=0.1001)
+
+
+def test_a_model_stands_under_the_row_whose_encoder_it_has(tmp_path):
+    like = {"AudioMAE++": "AudioMAE++-Base", "AxLSTM": "AxLSTM-T"}
+    for number, (row, config) in enumerate(ENCODERS.items()):
+        add_like(tmp_path, f"own{number}", like[row[0]], **with_encoder(config))
+    found = {table.name: table for table in tables(read_results([tmp_path]))}
+    for number, ((paper, place, name), config) in enumerate(ENCODERS.items()):
+        table = found[f"{dict(map(reversed, PAPERS_BY_NAME.items()))[paper]}_table{place}"]
+        assert table.columns == ["Row of the paper", "Model", "#M parameters", "s(m)"]
+        printed = [row.cells[0] for row in table.rows if not row.own]
+        assert printed == [key[2] for key in ENCODERS if key[:2] == (paper, place)]
+        (index,) = (index for index, row in enumerate(table.rows) if row.cells[1] == f"own{number}")
+        label, _, parameters, score = table.rows[index].cells
+        assert parameters == pytest.approx(count_parameters(config) / 1e6)
+        assert score.mean == pytest.approx({"AudioMAE++": 91.8, "AxLSTM": 70.7}[paper], abs=0.25)
+        above = next(row.cells[0] for row in reversed(table.rows[:index]) if not row.own)
+        assert above == label.split(" or ")[-1]
+        assert name in label.split(" or ")
+        assert label == name or paper == "AudioMAE++"  # whose checkpoints do not tell their decoders
+
+
+def test_tables_3_to_5_print_the_papers_values_and_say_when_tasks_are_missing(tmp_path):
+    add_like(tmp_path, "mine", "AxLSTM-T", ("BO", "CD"), **with_encoder(ENCODERS["AxLSTM", 3, "SSAST-T"]))
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    content = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for line in (
+        "AxLSTM-T, expansion 3 | as printed | 4.3 | 68.9±0.4",
+        "AxLSTM-T, 500 patches | as printed | - | 68.2±0.3",
+        "AxLSTM-T, expansion 3, sigmoid gate, no flip | as printed | - | 69.6±0.2",
+        "AudioMAE++-Base, RoPE in decoder | as printed | - | 91.4±0.2",
+        "AudioMAE++-Large, decoder 768 | as printed | - | 93.4±0.2",
+    ):
+        assert line in content
+    assert "covers 2 of the ten HEAR tasks (BO, CD)" in content
+    assert "the two are not comparable" in content
+    for title in ("AudioMAE++ paper, Table 3: RoPE", "AxLSTM paper, Table 5: gate and flip"):
+        assert title in html and title in content
+
+
 # ---- reading and comparing results ----
 
 
@@ -174,7 +283,7 @@ def test_other_sizes_of_hear_tasks_are_not_compared_with_the_papers(tmp_path, fo
     results = read_results([tmp_path])
     assert results.hear_tasks() == []
     assert [task.folder for task in results.task_results()] == [folder]
-    assert compare_hear(results) is None
+    assert compare_hear(results) == []
 
 
 def test_versions_are_dropped_from_unambiguous_names(tmp_path):
@@ -203,7 +312,7 @@ def test_runs_on_different_versions_of_a_task_are_not_compared(tmp_path):
 
 def test_a_copy_of_a_published_model_ranks_with_it(tmp_path):
     add_like(tmp_path, "copy", "AxLSTM-S")
-    comparison = compare_hear(read_results([tmp_path]))
+    (comparison,) = compare_hear(read_results([tmp_path]), "all")
     by_name = {entry.name: entry for entry in comparison.entries}
     assert by_name["copy"].aggregate.estimate == pytest.approx(by_name["AxLSTM-S"].aggregate.estimate)
     assert abs(comparison.rank(by_name["copy"]) - comparison.rank(by_name["AxLSTM-S"])) == 1
@@ -216,7 +325,8 @@ def test_a_copy_of_a_published_model_ranks_with_it(tmp_path):
 def test_a_model_named_like_a_published_one_stays_separate(tmp_path):
     add_like(tmp_path, "SSAST", "AxLSTM-B")
     results = read_results([tmp_path])
-    entries = {entry.name: entry for entry in compare_hear(results).entries}
+    (comparison,) = compare_hear(results, "all")
+    entries = {entry.name: entry for entry in comparison.entries}
     assert entries["SSAST (here)"].own
     assert not entries["SSAST"].own
     assert entries["SSAST (here)"].scores["BO"].mean != entries["SSAST"].scores["BO"].mean
@@ -226,7 +336,7 @@ def test_a_model_named_like_a_published_one_stays_separate(tmp_path):
 def test_s_covers_the_tasks_that_were_run_and_says_so(tmp_path):
     add_like(tmp_path, "two", "AxLSTM-B", ("BO", "CD"))
     add_like(tmp_path, "one", "AxLSTM-B", ("CD",))
-    comparison = compare_hear(read_results([tmp_path]))
+    (comparison,) = compare_hear(read_results([tmp_path]), "all")
     assert comparison.ranked_tasks == ["BO", "CD"]
     by_name = {entry.name: entry for entry in comparison.entries}
     assert by_name["AxLSTM-B"].aggregate.tasks == ("BO", "CD")
@@ -238,13 +348,14 @@ def test_s_covers_the_tasks_that_were_run_and_says_so(tmp_path):
 
 def test_a_new_best_run_changes_the_scale_and_the_report_says_so(tmp_path):
     model = add_like(tmp_path, "mine", "AudioMAE++-Large")
-    before = markdown(tables(read_results([tmp_path]))[1])
+    before = markdown(tables(read_results([tmp_path]), "all")[1])
     add_task(model, HEAR_FOLDERS["VL"], [0.97 + 0.001 * seed for seed in range(10)])
     results = read_results([tmp_path])
-    after = markdown(tables(results)[1])
+    after = markdown(tables(results, "all")[1])
     assert "best of VL (mine)" not in before
     assert "best of VL (mine)" in after
-    published = {entry.name: entry.aggregate.estimate.mean for entry in compare_hear(results).entries}
+    (comparison,) = compare_hear(results, "all")
+    published = {entry.name: entry.aggregate.estimate.mean for entry in comparison.entries}
     assert published["HuBERT-large"] < 72.0  # 73.4 if its own run is the best of VL
 
 
@@ -254,7 +365,7 @@ def test_open_tasks_have_their_own_aggregate(tmp_path):
         for task in ("drum_stroke", "pitch"):
             add_task(model, task, [0.5 + shift, 0.6 + shift])
         add_task(model, HEAR_FOLDERS["BO"], [0.9, 0.92])
-    comparison = compare_others(read_results([tmp_path]))
+    (comparison,) = compare_others(read_results([tmp_path]))
     assert [entry.name for entry in comparison.entries] == ["b", "a"]
     assert [entry.aggregate.estimate.mean for entry in comparison.entries] == pytest.approx([500 / 6, 100 / 6])
     assert comparison.ranked_tasks == ["drum_stroke", "pitch"]
@@ -263,9 +374,10 @@ def test_open_tasks_have_their_own_aggregate(tmp_path):
 def test_a_single_model_on_an_open_task_gets_no_aggregate(tmp_path):
     add_task(add_model(tmp_path, "mine"), "pitch", [0.5, 0.6])
     results = read_results([tmp_path])
-    (entry,) = compare_others(results).entries
+    (comparison,) = compare_others(results)
+    (entry,) = comparison.entries
     assert entry.aggregate is None
-    assert "no s(m)" in summary(compare_others(results))[0]
+    assert "no s(m)" in summary(comparison)[0]
     assert "55.0" in page(results)
     assert "others_scores" in {table.name for table in tables(results)}
     assert "others_aggregate" not in {table.name for table in tables(results)}
@@ -388,7 +500,7 @@ def test_csv_markdown_and_page_show_the_same_numbers(tmp_path):
     add_like(tmp_path, "mine", "SSAM-Small")
     add_like(tmp_path, "other", "SSAST-B")
     out = tmp_path / "out"
-    assert report.main([str(tmp_path), "--out", str(out)]) == 0
+    assert report.main([str(tmp_path), "--out", str(out), "--scale", "all"]) == 0
     html, content = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     with open(out / "hear_scores.csv", encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
