@@ -1,4 +1,4 @@
-"""How fast waveforms become embeddings: this package against the released algorithm's plan.
+"""Embedding speed: this package against the released algorithm's plan.
 
 The benchmark times the whole call, waveform in and timestamp embeddings out (`Embedder.timestamp_embeddings`, exact
 framing, default options), with freshly initialized weights and noise as audio. The baseline is

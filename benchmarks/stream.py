@@ -1,4 +1,4 @@
-"""How long a 40 ms step of live audio takes: AxLSTM streams on one thread.
+"""Streaming speed: the time that a 40 ms step of live audio takes AxLSTM on one thread.
 
 The benchmark times `AxLSTMStream.push` with the next 640 samples of every stream, including checks and log-mel, over a
 minute of noise, with freshly initialized weights and fixed statistics. Each push except the first completes one step.

@@ -60,8 +60,8 @@ class PatchConfig:
     250 patches in time-major order (patch index = step * rows + row).
 
     Attributes:
-        chunk_frames: frames of one segment. The field's name is older than the word segment and is kept because
-            `config.json` files have it.
+        chunk_frames: frames of one segment. The name dates from before the word "segment" and is kept because
+            `config.json` files contain it.
         bands: mel bands.
         patch_frames: frames of one patch.
         patch_bands: mel bands of one patch.
@@ -141,9 +141,7 @@ class TransformerConfig:
                     f"got dim / heads = {self.dim // self.heads}"
                 )
         elif self.position_table == "none":
-            raise ValueError(
-                "TransformerConfig.position_table = 'none' needs rope, or there are no positions"
-            )
+            raise ValueError("TransformerConfig.position_table = 'none' needs rope, or there are no positions")
         if self.swiglu_norm != "own" and self.family != "audiomaepp":
             raise ValueError(f"TransformerConfig.swiglu_norm must be 'own' for family {self.family!r}: no SwiGLU there")
 
