@@ -66,6 +66,7 @@ class FoldedAxLSTM:
         self.map_size = config.inner_dim if self.straddles else max(size for size in sizes if head_dim % size == 0)
         with torch.no_grad():
             self.blocks = [self._fold(block, head_dim**-0.5) for block in cast("list[MLSTMBlock]", encoder.blocks)]
+        _count_optimizer_steps()
         self._versions = _versions(encoder)
 
     @classmethod
@@ -141,15 +142,18 @@ def _versions(encoder: AxLSTMEncoder) -> tuple[int, list[tuple[str, int, int]]]:
     return _optimizer_steps, versions
 
 
-_optimizer_steps = 0  # of all optimizers, since fused ones do not count up their parameters' versions
+_optimizer_steps = 0  # by all optimizers, since fused ones do not count up their parameters' versions
 
 
-def _count_optimizer_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
+@lru_cache(maxsize=1)
+def _count_optimizer_steps() -> None:
+    """Count optimizer steps from the first call on. Importing this module registers no hook."""
 
+    def count(*_: object) -> None:
+        global _optimizer_steps
+        _optimizer_steps += 1
 
-register_optimizer_step_post_hook(_count_optimizer_step)
+    register_optimizer_step_post_hook(count)
 
 
 @lru_cache(maxsize=8)
