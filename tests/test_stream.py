@@ -338,7 +338,9 @@ def test_impossible_options_are_refused(model, options, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda state: state.pop("memory"), ValueError, "missing tensor 'memory'"),
+        (lambda state: state.pop("folded_memory"), ValueError, "missing tensor 'folded_memory'"),
+        # A state of the version before weights were folded: another memory, of the same shape.
+        (lambda state: state.update(memory=state.pop("folded_memory")), ValueError, "missing tensor 'folded_memory'"),
         (lambda state: state.update(more=torch.zeros(1)), ValueError, "unknown tensor 'more'"),
         (lambda state: state.update(conv=state["conv"][:1]), ValueError, "'conv' must have shape .* got .1, "),
         (lambda state: state.update(samples=state["samples"].double()), ValueError, "got .* and torch.float64"),

@@ -32,8 +32,9 @@ class OnlineEncoder:
     """An AxLSTM encoder that continues where it stopped, a few columns of patches at a time.
 
     Attributes:
-        state: updated in place: "conv" (blocks, B, kernel - 1, H, K), the convolutions' inputs; "memory" (blocks, H,
-            B, K, K + 1), the cell's C with its n as the last column; "stabilizer" (blocks, H, B), the cell's m.
+        state: updated in place: "conv" (blocks, B, kernel - 1, H, K), the convolutions' inputs; "folded_memory"
+            (blocks, H, B, K, K + 1), the cell's C with its n as the last column, made with folded keys; "stabilizer"
+            (blocks, H, B), the cell's m.
     """
 
     def __init__(self, encoder: AxLSTMEncoder, streams: int) -> None:
@@ -49,7 +50,7 @@ class OnlineEncoder:
         zeros = partial(torch.zeros, dtype=torch.float32, device=device)
         self.state = {
             "conv": zeros(depth, streams, config.conv_kernel - 1, heads, head_dim),
-            "memory": zeros(depth, heads, streams, head_dim, head_dim + 1),
+            "folded_memory": zeros(depth, heads, streams, head_dim, head_dim + 1),
             "stabilizer": zeros(depth, heads, streams),
         }
         self._state_of_block = [
@@ -61,7 +62,7 @@ class OnlineEncoder:
     def reset(self) -> None:
         """Begin a segment."""
         self.state["conv"].zero_()
-        self.state["memory"].zero_()
+        self.state["folded_memory"].zero_()
         self.state["stabilizer"].fill_(-torch.inf)
 
     def __call__(self, logmel: Tensor, position: int) -> Tensor:
