@@ -1,6 +1,7 @@
 """Evaluate HEAR modules as in the papers. Run it as `python -m evaluation`; `open_tasks` is a separate command.
 
     tasks                    HEAR's task folders, the papers' ten tasks, their metrics
+    hear_tasks               which of the ten a folder has, and where HEAR publishes the rest
     results                  the results folder: its files, written and read
     driver                   runs hear-eval-kit on all tasks and seeds, in subprocesses
     kit, environment         the subprocess, and the virtual environment that it needs

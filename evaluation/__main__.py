@@ -1,4 +1,4 @@
-"""The command: `python -m evaluation setup | run | report | probe`."""
+"""The command: `python -m evaluation setup | hear-tasks | run | report | probe`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from evaluation import environment
 from evaluation.driver import Driver, Model, default_label
+from evaluation.hear_tasks import list_tasks
 from evaluation.probe import DEFAULT_CLIPS, can_probe, probe_model
 from evaluation.tasks import find_tasks, read_task
 from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error
@@ -24,6 +25,7 @@ _DEFAULT_ENVIRONMENT = Path(environment.DEFAULT_ENVIRONMENT)
 _EPILOG = f"""\
 examples:
   {PROG} setup
+  {PROG} hear-tasks tasks/
   {PROG} run --module hear_axlstm --weights weights/ --tasks-dir tasks/ --out results/
   {PROG} run --module evaluation.baselines --name logmel --tasks-dir tasks/ --out results/
   {PROG} report results/
@@ -57,6 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     setup = commands.add_parser("setup", help="create heareval's environment (about 3 GB)")
     setup.add_argument("env", type=output_path, nargs="?", default=_DEFAULT_ENVIRONMENT, metavar="ENV_DIR")
+    hear_tasks = commands.add_parser(
+        "hear-tasks",
+        help="list the papers' ten tasks, which are here, and where HEAR publishes the rest",
+        description="List the papers' ten HEAR tasks, which of them DIR has, and where HEAR publishes the rest. "
+        "The exit code is 0 if DIR has all ten, complete and at 16 kHz, and 1 otherwise.",
+    )
+    hear_tasks.add_argument("tasks_dir", type=output_path, metavar="DIR", help="folder of HEAR task folders")
     run = commands.add_parser(
         "run",
         help="embed tasks, train and test the papers' classifiers",
@@ -67,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("report", help="show results as tables and charts", add_help=False)
     _add_probe_arguments(commands.add_parser("probe", help="compare weights quickly, on validation clips"))
     options = parser.parse_args(arguments)
-    command = {"setup": _setup, "run": _run, "probe": _probe}[options.command]
+    command = {"setup": _setup, "hear-tasks": _hear_tasks, "run": _run, "probe": _probe}[options.command]
     try:
         with sigterm_interrupts():
             return command(options)
@@ -155,6 +164,12 @@ def _setup(options: argparse.Namespace) -> int:
         return FAILED
     print(f"{options.env}: {'ready' if made else 'already complete'}")
     return 0
+
+
+def _hear_tasks(options: argparse.Namespace) -> int:
+    lines, complete = list_tasks(options.tasks_dir)
+    print("\n".join(lines))
+    return 0 if complete else FAILED
 
 
 def _run(options: argparse.Namespace) -> int:

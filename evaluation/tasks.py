@@ -23,26 +23,42 @@ SPLIT_MODES = ("trainvaltest", "new_split_kfold", "presplit_kfold")
 
 @dataclass(frozen=True)
 class HearTask:
-    """One of the papers' ten HEAR tasks."""
+    """One of the papers' ten HEAR tasks.
+
+    Attributes:
+        abbreviation, title, hours: as in the papers' Table 1.
+        folder: the folder's name in HEAR's distribution: task, version and size.
+        metric: hear-eval-kit's name.
+        split: how HEAR splits the clips.
+    """
 
     abbreviation: str
     title: str
-    folder: str  # regular expression that matches the folder name in HEAR's distribution
+    folder: str
     metric: str
+    hours: float
+    split: str
 
+    def matches(self, folder: str) -> bool:
+        """Return whether a folder's name stands for this task, in any version."""
+        task, size = self.folder.split("-")[0], self.folder.split("-")[-1]
+        return folder.startswith(f"{task}-") and folder.endswith(f"-{size}")
+
+
+_FOLDS, _TRAIN_VALID_TEST = "5 folds", "train, valid, test"
 
 # In the order of the papers' tables: music and pitch, speech, audio.
 HEAR_TASKS = (
-    HearTask("BO", "Beijing Opera", r"beijing_opera-.*-full", "top1_acc"),
-    HearTask("Mri-S", "Mridangam Stroke", r"mridangam_stroke-.*-full", "top1_acc"),
-    HearTask("Mri-T", "Mridangam Tonic", r"mridangam_tonic-.*-full", "top1_acc"),
-    HearTask("NS-5h", "NSynth Pitch 5h", r"nsynth_pitch-.*-5h", "pitch_acc"),
-    HearTask("CD", "Crema-D", r"tfds_crema_d-.*-full", "top1_acc"),
-    HearTask("LC", "LibriCount", r"libricount-.*-full", "top1_acc"),
-    HearTask("SC-5h", "Speech Commands 5h", r"speech_commands-.*-5h", "top1_acc"),
-    HearTask("VL", "VoxLingua107 Top 10", r"vox_lingua_top10-.*-full", "top1_acc"),
-    HearTask("E50", "ESC-50", r"esc50-.*-full", "top1_acc"),
-    HearTask("F50K", "FSD50K", r"fsd50k-.*-full", "mAP"),
+    HearTask("BO", "Beijing Opera", "beijing_opera-v1.0-hear2021-full", "top1_acc", 0.3, _FOLDS),
+    HearTask("Mri-S", "Mridangam Stroke", "mridangam_stroke-v1.5-full", "top1_acc", 1.57, _FOLDS),
+    HearTask("Mri-T", "Mridangam Tonic", "mridangam_tonic-v1.5-full", "top1_acc", 1.57, _FOLDS),
+    HearTask("NS-5h", "NSynth Pitch 5h", "nsynth_pitch-v2.2.3-5h", "pitch_acc", 5.5, _TRAIN_VALID_TEST),
+    HearTask("CD", "Crema-D", "tfds_crema_d-1.0.0-full", "top1_acc", 10.0, _FOLDS),
+    HearTask("LC", "LibriCount", "libricount-v1.0.0-hear2021-full", "top1_acc", 8.0, _FOLDS),
+    HearTask("SC-5h", "Speech Commands 5h", "speech_commands-v0.0.2-5h", "top1_acc", 6.5, _TRAIN_VALID_TEST),
+    HearTask("VL", "VoxLingua107 Top 10", "vox_lingua_top10-hear2021-full", "top1_acc", 5.0, _FOLDS),
+    HearTask("E50", "ESC-50", "esc50-v2.0.0-full", "top1_acc", 2.77, _FOLDS),
+    HearTask("F50K", "FSD50K", "fsd50k-v1.0-full", "mAP", 100.0, _TRAIN_VALID_TEST),
 )
 
 
@@ -53,7 +69,7 @@ def find_hear_task(*folders: str) -> HearTask | None:
     """
     for folder in folders:
         for task in HEAR_TASKS:
-            if re.fullmatch(task.folder, folder):
+            if task.matches(folder):
                 return task
     return None
 

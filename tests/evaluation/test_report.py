@@ -21,7 +21,7 @@ from evaluation.papers import ENCODERS
 from evaluation.papers import PAPERS as PAPERS_BY_NAME
 from evaluation.results import read_results
 from evaluation.tables import TABLE_NAMES, compare_hear, compare_others, markdown, summary, tables, text
-from evaluation.tasks import HEAR_TASKS
+from evaluation.tasks import HEAR_TASKS, find_hear_task
 from hear_encoders.config import EncoderConfig, config_to_dict, preset
 from hear_encoders.nn.build import ENCODER_OF_CONFIG
 
@@ -53,7 +53,7 @@ def add_model(results: Path, label: str, **card: object) -> Path:
 
 def add_task(model: Path, folder: str, runs: list[float], metric: str = "top1_acc", **details: object) -> Path:
     """Add a task with these scores, as fractions, for seeds 0, 1, ..."""
-    metric = next((t.metric for t in HEAR_TASKS if re.fullmatch(t.folder, folder)), metric)
+    metric = hear.metric if (hear := find_hear_task(folder)) else metric
     details = {"task": folder, "folder": folder, "metric": metric, "classes": 4, "clips": 100} | details
     write(model / folder / "task.json", {"embedding_seconds": 5.0, "audio_seconds": 200.0} | details)
     for seed, score in enumerate(runs):
