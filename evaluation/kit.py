@@ -49,7 +49,7 @@ MAP_CLIPS, MAP_COMPONENTS, MAP_PERPLEXITY, MAP_SEED = 600, 50, 30, 0
 
 
 def describe(module: str, weights_path: str | None, options: dict[str, Any], output: str) -> None:
-    """Load a model as heareval does, and write to `output` what `evaluation.results.ModelRecord` has of it."""
+    """Load a model as heareval does, and write its fields of `evaluation.results.ModelRecord` to `output`."""
     from hear_encoders.files import write_json
 
     imported = importlib.import_module(module)

@@ -1,8 +1,8 @@
-"""Assigns a model evaluated here to the papers' tables, by its encoder's config.
+"""Assign a model evaluated here to the papers' tables, by its encoder's config.
 
 The model's paper is that of its encoder's family: AudioMAE++ and its baseline MAE, or AxLSTM and its baseline SSAST. A
 model of another kind (log-mel statistics, wav2vec 2.0) is shown beside the rows of both papers. In Tables 3 to 5 a
-model stands under the printed rows whose encoder it has.
+model is listed below the printed rows of the same encoder.
 """
 
 from __future__ import annotations
