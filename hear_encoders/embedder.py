@@ -37,9 +37,10 @@ class Embedder(nn.Module):
     """An encoder with everything around it, from waveforms to embeddings. `load_model` returns one.
 
     In float32 on a CPU, several threads run the encoder at once, and an AxLSTM runs from folded weights instead of its
-    modules. So forward hooks on an encoder's modules may be called in other threads, or not at all: to use hooks, call
-    `embedder.encoder` yourself. Change weights through the encoder's parameters, by an optimizer or `load_state_dict`;
-    after writing to `parameter.data`, make a new `Embedder`.
+    modules. So forward hooks on an encoder's modules may be called in other threads, or not at all, and so may a
+    `forward` that replaces a module's own without adding parameters: to use these, call `embedder.encoder` yourself, or
+    set `encoder.mode` of an AxLSTM to "chunkwise". Change weights through the encoder's parameters, by an optimizer or
+    `load_state_dict`; after writing to `parameter.data`, make a new `Embedder`.
 
     Args:
         encoder: from `build_encoder` or a checkpoint.
@@ -98,21 +99,31 @@ class Embedder(nn.Module):
         if patches.bands != BANDS:
             raise ValueError(f"patches.bands must be {BANDS}, as many as the front end makes, got {patches.bands}")
         self.encoder = encoder
-        self.framing = framing
+        self._framing = framing
         self.framer = FRAMINGS[framing](patches)
         self.execution = Execution(precision, max_segments, compile)
         self.statistics = None if statistics is None else check_statistics(statistics)
-        self.pooling = pooling
-        self._pooling = POOLINGS[pooling]()
+        self._pooling = pooling
+        self._pool = POOLINGS[pooling]()
         self.log_mel = LogMel()
         self.timestamp_embedding_size = patches.rows * encoder.config.dim
-        self.scene_embedding_size = self._pooling.width * self.timestamp_embedding_size
+        self.scene_embedding_size = self._pool.width * self.timestamp_embedding_size
         raise_mmap_threshold()
 
     @property
     def device(self) -> torch.device:
         """The device of the weights. Audio is moved there, and results move back to the audio's device."""
         return self.encoder.cls_token.device
+
+    @property
+    def framing(self) -> FramingName:
+        """The option, as given. Make a new `Embedder` to change an option."""
+        return self._framing
+
+    @property
+    def pooling(self) -> PoolingName:
+        """The option, as given."""
+        return self._pooling
 
     @property
     def precision(self) -> Precision:
@@ -185,7 +196,7 @@ class Embedder(nn.Module):
                 row = torch.tensor(indices, device="cpu")
                 if per_step:
                     row = (offsets[row][:, None] + torch.arange(embeddings.shape[1], device="cpu")).flatten()
-                values = embeddings.flatten(0, 1) if per_step else self._pooling.summarize(embeddings)
+                values = embeddings.flatten(0, 1) if per_step else self._pool.summarize(embeddings)
                 result.index_copy_(0, self._to_device(row), values)
             counts = [sum(s.steps for s in batch) if per_step else len(batch) for batch in segments_of_batch]
             parts = [part.unflatten(0, (len(batch), -1)) for part, batch in zip(result.split(counts), batches)]
@@ -194,8 +205,8 @@ class Embedder(nn.Module):
             scenes = []
             for summaries, batch, batch_segments in zip(parts, batches, segments_of_batch):
                 steps = _step_counts([segment.steps for segment in batch_segments[: summaries.shape[1]]])  # of one clip
-                summary = self._pooling.merge(summaries, self._to_device(steps))
-                scenes.append(self._pooling.finish(summary, self.step_count(batch.shape[1])))
+                summary = self._pool.merge(summaries, self._to_device(steps))
+                scenes.append(self._pool.finish(summary, self.step_count(batch.shape[1])))
             return scenes
 
     def embed_blocks(
@@ -244,15 +255,15 @@ class Embedder(nn.Module):
                     if per_step:
                         parts.append(embeddings.cpu())
                     else:
-                        both = torch.stack([summary, self._pooling.summarize(embeddings).cpu().double()], dim=1)
-                        summary = self._pooling.merge(both, _step_counts([done, count]).double())
+                        both = torch.stack([summary, self._pool.summarize(embeddings).cpu().double()], dim=1)
+                        summary = self._pool.merge(both, _step_counts([done, count]).double())
                     done += count
         if done == 0:
             raise ValueError(f"{name}: there are no samples")
         warn_if_loud(peak, name, stacklevel=3)
         if per_step:
             return torch.cat(parts, dim=1), samples
-        return self._pooling.finish(summary, done).float(), samples
+        return self._pool.finish(summary, done).float(), samples
 
     def _segments(self, audio: Tensor) -> list[Segment]:
         """Cut (B, samples) into segments of normalized log-mel, clip by clip, the same number for each clip."""

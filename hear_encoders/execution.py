@@ -67,7 +67,7 @@ class Execution:
             return encode_in_threads(self._select(encoder, dtype), frames, threads if len(frames) % threads == 0 else 1)
 
     def is_slow(self, device: torch.device) -> bool:
-        """Whether this is half precision on an x86 CPU without AVX-512, which emulates it."""
+        """Return whether the precision is half on an x86 CPU without AVX-512, which emulates it."""
         half = resolve_precision(self.precision, device) is not torch.float32
         x86 = platform.machine() in ("x86_64", "AMD64")
         return half and device.type == "cpu" and x86 and _cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
@@ -87,7 +87,7 @@ class Execution:
         return self._compile(encoder) if self.compile else encoder
 
     def _compile(self, encoder: Encoder) -> Callable[[Tensor], Tensor]:
-        """Compile the encoder once, for any number of full segments; each shorter length would be compiled anew."""
+        """Compile the encoder once, for any number of full segments; each shorter length would compile again."""
         if self._compiled is None or self._compiled[0] is not encoder:
             self._compiled = encoder, torch.compile(encoder)
         compiled = self._compiled[1]
@@ -95,7 +95,7 @@ class Execution:
         def encode(frames: Tensor) -> Tensor:
             if frames.shape[1] < encoder.config.patches.chunk_frames:
                 return encoder(frames)
-            if frames.shape[0] > 1:  # torch treats a batch of one as a case of its own
+            if frames.shape[0] > 1:  # torch compiles a batch of one separately
                 torch._dynamo.maybe_mark_dynamic(frames, 0)
             return compiled(frames)
 

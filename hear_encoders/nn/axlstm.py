@@ -177,7 +177,6 @@ class MLSTMBlock(nn.Module):
             and torch.is_grad_enabled()
             and self.q.weight.shape[0] % self.heads == 0
             and not torch.compiler.is_compiling()
-            and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16)
         )
 
     def gates(self, convolved: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +202,7 @@ class AxLSTMEncoder(PatchEncoder):
         mode: how to compute the mLSTM cell. "auto" selects the fastest form, here and in `hear_encoders.execution`;
             the others are the plain forms, see `mlstm`. It does not change the result.
         chunk_size: tokens per chunk of the chunkwise cell; it does not change the result.
+        built_shapes: the shape of each parameter when the encoder was built; adapters and the like change them.
     """
 
     config: AxLSTMConfig
@@ -213,6 +213,7 @@ class AxLSTMEncoder(PatchEncoder):
         self.chunk_size = DEFAULT_CHUNK
         self.blocks = nn.ModuleList(MLSTMBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=FINAL_NORM_EPS)
+        self.built_shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
 
     def encode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Run the blocks as `PatchEncoder.encode` does; `positions` has no effect, since the tokens contain them."""

@@ -81,7 +81,7 @@ class FoldedAxLSTM:
         parameters = dict(encoder.named_parameters())
         plain = all(parameter.dtype is torch.float32 and parameter.is_cpu for parameter in parameters.values())
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        if not plain or shapes != _expected_shapes(encoder.config):
+        if not plain or shapes != encoder.built_shapes:
             return None
         return cls(encoder)
 
@@ -154,10 +154,3 @@ def _count_optimizer_steps() -> None:
         _optimizer_steps += 1
 
     register_optimizer_step_post_hook(count)
-
-
-@lru_cache(maxsize=8)
-def _expected_shapes(config: AxLSTMConfig) -> dict[str, torch.Size]:
-    """Return the shapes of all parameters of an encoder of this configuration."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in AxLSTMEncoder(config).named_parameters()}

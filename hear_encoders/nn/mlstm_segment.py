@@ -34,12 +34,15 @@ def mlstm_segment(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor)
     """Run the mLSTM cell over a segment, from an empty memory.
 
     Args:
-        q, k, v: (B, H, S, K), of one dtype, in which the products run; the keys are not yet scaled by 1 / sqrt(K).
+        q, k, v: (B, H, S, K) any floating dtype; the keys are not yet scaled by 1 / sqrt(K). The products run in
+            float32 (float64 for float64 inputs), also under autocast: bfloat16 products cost the forget gates'
+            gradients half of their digits.
         log_i, log_f: (B, H, S) logarithms of the gates, float32 or float64.
 
     Returns:
         h (B, H, S, K) float32 (float64 for float64 inputs), or None if the gates are too extreme for this form.
     """
+    dtype = torch.promote_types(q.dtype, torch.float32)
     forgotten = log_f.double().cumsum(-1)  # (B, H, S); float64: sums may be large and their differences matter
     g = log_i.double() - forgotten
     largest = g.cummax(-1).values
@@ -48,12 +51,12 @@ def mlstm_segment(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor)
         return None
     base = (lowest + highest) / 2  # cancels in h, so it needs no gradient
     eps = NORMALIZER_EPS * (largest - base).exp()
-    dtype = torch.promote_types(q.dtype, torch.float32)
     scale = F.threshold(g - base, MIN_LOG_SCALE, -torch.inf).exp().to(dtype)  # (B, H, S)
     bound = (-forgotten - base).clamp(max=LOG_BOUND_CEILING).exp().to(dtype)
-    keys = k * (scale * k.shape[-1] ** -0.5).to(k.dtype)[..., None]
-    flat = (x.flatten(0, 1) for x in (q, keys, v, bound, eps.to(dtype)))
-    return _Cell.apply(*flat).unflatten(0, q.shape[:2])
+    keys = k.to(dtype) * (scale * k.shape[-1] ** -0.5)[..., None]
+    flat = (x.to(dtype).flatten(0, 1) for x in (q, keys, v, bound, eps))
+    with torch.autocast(q.device.type, enabled=False):
+        return _Cell.apply(*flat).unflatten(0, q.shape[:2])
 
 
 class _Cell(torch.autograd.Function):
@@ -61,13 +64,13 @@ class _Cell(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bound: Tensor, eps: Tensor) -> Tensor:
-        h = torch.empty(q.shape, dtype=bound.dtype, device=q.device)
+        h = torch.empty_like(q)
         totals = torch.empty_like(bound)
         parts = []
         for begin, end in cut_into_parts(q.shape[1]):
             scores = torch.bmm(q[:, begin:end], k[:, :end].mT)  # (B H, L, tokens so far)
             scores[:, :, begin:].tril_()
-            torch.sum(scores, 2, dtype=bound.dtype, out=totals[:, begin:end])
+            torch.sum(scores, 2, out=totals[:, begin:end])
             h[:, begin:end] = torch.bmm(scores, v[:, :end])
             parts.append(scores)
         normalizer = torch.maximum(totals.abs(), bound) + eps
@@ -79,11 +82,11 @@ class _Cell(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bound, totals, normalizer, h, *parts = ctx.saved_tensors
-        grad_read = (grad_h / normalizer[..., None]).to(q.dtype)  # (B H, S, K), gradient of scores @ v
+        grad_read = grad_h / normalizer[..., None]  # (B H, S, K), gradient of scores @ v
         grad_normalizer = (grad_h * h).sum(2).div_(normalizer).neg_()
         bounded = totals.abs() < bound
         grad_bound = grad_normalizer * bounded
-        grad_totals = (grad_normalizer - grad_bound).mul_(totals.sign()).to(q.dtype)
+        grad_totals = (grad_normalizer - grad_bound).mul_(totals.sign())
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for (begin, end), scores in reversed(list(zip(cut_into_parts(q.shape[1]), parts))):
             part = slice(begin, end)
