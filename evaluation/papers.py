@@ -67,5 +67,5 @@ def has_encoder(card: ModelRecord, row: tuple[str, int, str]) -> bool:
 
 def _features(encoder: Mapping[str, Any]) -> list[Any]:
     """Return the features of an encoder's config that distinguish the papers' rows."""
-    names = ("family", "dim", "depth", "heads", "expansion", "flip", "input_gate", "patches")
-    return [*(encoder.get(name) for name in names), encoder.get("rope", "none") != "none"]
+    names = ("family", "dim", "depth", "heads", "expansion", "flip", "input_gate", "patches", "rope")
+    return [encoder.get(name) for name in names]

@@ -17,14 +17,15 @@ import torch
 from evaluation import aggregate as scores
 from evaluation import report
 from evaluation.page import page
-from evaluation.papers import ENCODERS
+from evaluation.papers import ENCODERS, has_encoder
 from evaluation.papers import PAPERS as PAPERS_BY_NAME
-from evaluation.results import read_results
+from evaluation.results import ModelRecord, read_results
 from evaluation.tables import TABLE_NAMES, compare_hear, compare_others, markdown, summary, tables, text
 from evaluation.tasks import HEAR_TASKS, find_hear_task
 from hear_encoders.config import EncoderConfig, config_to_dict, preset
 from hear_encoders.nn.build import ENCODER_OF_CONFIG
 
+ROOT = Path(__file__).parents[2]
 HEAR_FOLDERS = {
     "BO": "beijing_opera-v1.0-hear2021-full",
     "Mri-S": "mridangam_stroke-v1.5-full",
@@ -221,6 +222,20 @@ def test_a_model_of_another_kind_stands_in_both_papers_and_its_line_names_the_sc
 
 def test_every_row_of_tables_3_to_5_has_its_encoder():
     assert list(ENCODERS) == [(row.paper, row.table, row.model) for row in scores.ablation_rows()]
+
+
+@pytest.mark.parametrize(("name", "paper"), PAPERS_BY_NAME.items())
+def test_the_papers_configs_train_the_encoders_of_tables_3_to_5(name, paper):
+    pytest.importorskip("yaml")
+    from training.config import load_run_config
+
+    matched = []
+    for path in sorted((ROOT / "training/configs/papers" / name).glob("table[345]_*.yaml")):
+        card = ModelRecord("x", "x", None, {}, None, 16000, 1, 1, config_to_dict(load_run_config(path).encoder), {})
+        rows = [row for row in ENCODERS if row[:2] == (paper, int(path.name[5])) and has_encoder(card, row)]
+        assert rows, path
+        matched += rows
+    assert set(matched) == {row for row in ENCODERS if row[0] == paper}
 
 
 @pytest.mark.parametrize("row", [row for row in scores.ablation_rows() if row.parameters], ids=lambda row: row.model)
