@@ -23,8 +23,9 @@ Measured on 826 s of all three kinds, as RMS error in units of the record's stan
     DCT, steps of 0.5, bytes, lzma          0.138   1.29
     DCT, steps of 0.5, two bits, lzma       0.138   1.21   <- this file
 
-(the last on 191 s, where bytes and lzma took 1.33). A variance of 0.019 is small beside the 0.2 to 0.3 that models
-leave unexplained in masked patches.
+(the last on 191 s, where bytes and lzma took 1.33). Training loses nothing by it: a small AxLSTM (2 blocks of 64
+channels, 160 steps of 16 clips, one seed) reaches a held-out error of 0.411 from the pack and 0.412 from the shards.
+But the same model's error on packed held-out crops is 0.009 lower, since what rounding removed need not be predicted.
 """
 
 from __future__ import annotations
