@@ -23,7 +23,7 @@ import subprocess
 import threading
 import zipfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -119,9 +119,13 @@ def fetch(packages: Iterable[str], cache: str | os.PathLike[str], jobs: int = 4)
         with progress(total, "B", "packages", scale=True) as advance, ThreadPoolExecutor(jobs) as pool:
             try:
                 futures = {pool.submit(_fetch_one, package, cache, stop): package for package in todo.values()}
-                for future in as_completed(futures):
-                    future.result()
-                    advance(futures[future].size)
+                pending = set(futures)
+                while pending:
+                    # A signal may reach another thread, and then this one notices it only when it wakes up.
+                    done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                        advance(futures[future].size)
             except KeyboardInterrupt:
                 stop.set()
                 raise
