@@ -27,6 +27,7 @@ from evaluation.tasks import read_scores, read_task
 from hear_encoders.files import locked, read_json
 
 LOG_TAIL_LINES = 8
+_POLL_S = 0.5
 LOCK_WAIT_S = 10.0  # a killed driver's last processes hold the lock until they notice and end
 
 
@@ -189,7 +190,8 @@ class Driver:
             for unit in ready[: self.jobs - len(running)]:
                 waiting.remove(unit)
                 running[pool.submit(self._run_unit, unit)] = unit
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            # With a timeout, because a signal may reach another thread, and this one notices it when it wakes up.
+            for future in wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED).done:
                 unit = running.pop(future)
                 done += 1
                 try:

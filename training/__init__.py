@@ -13,6 +13,7 @@ Run from a checkout; not part of the installed package. Read in this order:
     run_dir           a run's directory: config, data, log, checkpoints
     run_log, figures  progress: terminal, log.jsonl, TensorBoard, pictures
     pretrain          the command that trains
+    gpu_sprint        the command that trains by the clock, from a pack that lies in a GPU's memory
     curves            the command that draws held-out errors
     export            the command that turns a run into config.json + model.safetensors
 """

@@ -3,6 +3,7 @@
 prepare       the command: audio files -> shards
 plan          assigns excerpts of audio files to shards
 shards        the shards' format; reading records in any order
+pack          the command: shards -> a pack of a fifteenth of their size
 workers       worker processes, ended by Ctrl-C and SIGTERM
 
 debian        the command: 56 hours of music, speech and sounds as shards (debian.csv.gz lists them)
