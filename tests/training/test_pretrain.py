@@ -181,7 +181,7 @@ def test_unusable_initial_weights_are_refused(overrides, message, shards, tmp_pa
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_clips_are_learned_better_than_interpolation_predicts_them(family, eight_clips, tmp_path):
     overrides = [
@@ -278,6 +278,7 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_the_same(family, optimizer, 
 TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "overrides"), [("axlstm", ()), ("audiomaepp", ("fsdp=true", "accumulate=2"))])
 def test_two_stopped_and_resumed_processes_match_one_on_the_same_global_batch(family, overrides, shards, tmp_path):
     one = train(family, shards, tmp_path / "one", "clip_grad=1")
