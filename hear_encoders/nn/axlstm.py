@@ -39,8 +39,10 @@ class BlockDiagonal(nn.Module):
 
     def fold(self, after: Tensor) -> Tensor:
         """Return the matrix that applies this map and then `after`: (outputs, I) -> (outputs, I)."""
-        after = after.unflatten(1, self.weight.shape[:2]).transpose(0, 1)  # (blocks, outputs, out)
-        return (after @ self.weight).transpose(0, 1).flatten(1)
+        # Elementwise with the many small blocks last: thousands of 4 x 4 matmuls take three times as long.
+        after = after.unflatten(1, self.weight.shape[:2]).mT.contiguous()  # (outputs, out, blocks)
+        weight = self.weight.permute(1, 2, 0).contiguous()  # (out, in, blocks)
+        return (after[:, :, None] * weight).sum(1).mT.flatten(1)
 
 
 def merged_blocks(blocks: int, heads: int, size: int) -> int:

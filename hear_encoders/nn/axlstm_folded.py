@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hear_encoders.config import AxLSTMConfig
-from hear_encoders.nn.axlstm import AxLSTMEncoder, BlockDiagonal, MLSTMBlock
+from hear_encoders.nn.axlstm import AxLSTMEncoder, MLSTMBlock
 
 MAP_SIZE = 24  # P at most; measured on CPUs of two cores, see docs/performance.md
 
@@ -106,8 +106,8 @@ class FoldedAxLSTM:
             up_z=up_z,
             taps=block.conv.weight.detach().T.flip(0).contiguous(),
             conv_bias=block.conv.bias.detach(),
-            gates_of_u=_fold_map(block.v, gates_of_v) @ up_x,
-            gates_of_c=_fold_map(block.q, gates_of_q) + _fold_map(block.k, gates_of_k),
+            gates_of_u=block.v.fold(gates_of_v) @ up_x,
+            gates_of_c=block.q.fold(gates_of_q) + block.k.fold(gates_of_k),
             gate_bias=torch.cat([block.gate_i.bias, block.gate_f.bias]),
             c_to_q=self._merge(q.mT) if self.straddles else None,
             c_to_k=self._merge((k.mT if self.straddles else k.mT @ q) * scale),
@@ -121,14 +121,6 @@ class FoldedAxLSTM:
         """Put several blocks (I / size, in, out) on the diagonal of each matrix: (I / P, P, P)."""
         merged = weight.unflatten(0, (-1, self.map_size // weight.shape[-1]))  # (I / P, merged, in, out)
         return torch.diag_embed(merged.permute(0, 2, 3, 1), dim1=1, dim2=3).flatten(3).flatten(1, 2)
-
-
-def _fold_map(projection: BlockDiagonal, after: Tensor) -> Tensor:
-    """Return the matrix that applies a projection and then `after`: (outputs, I) -> (outputs, I)."""
-    # Elementwise with the many small blocks last: thousands of 4 x 4 matmuls take three times as long.
-    after = after.unflatten(1, projection.weight.shape[:2]).mT.contiguous()  # (outputs, out, blocks)
-    weight = projection.weight.permute(1, 2, 0).contiguous()  # (out, in, blocks)
-    return (after[:, :, None] * weight).sum(1).mT.flatten(1)
 
 
 def _straddles(config: AxLSTMConfig) -> bool:
