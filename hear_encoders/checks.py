@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -47,10 +47,21 @@ def validate_audio(audio: Tensor, name: str) -> tuple[Tensor, float]:
 
     Streams use it: they know their number of rows and may get few samples at a time.
     """
+    check_shape(audio, name)
+    batch = torch.atleast_2d(audio.detach()).float()
+    lowest, highest = (value.item() for value in batch.aminmax())  # NaN if any sample is
+    peak = max(-lowest, highest)
+    if not (math.isfinite(lowest) and peak <= LARGEST_PEAK):
+        raise ValueError(f"{name} must hold finite samples in [-1, 1], got values from {lowest} to {highest}")
+    return batch, peak
+
+
+def check_shape(audio: Tensor, name: str = "audio") -> None:
+    """Check audio as `check_audio` does, except for its values and swapped axes."""
     if not isinstance(audio, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor of shape (clips, samples), got {type(audio).__name__}; "
-            "convert NumPy arrays with torch.from_numpy, and embed clips of different lengths one at a time"
+            "model.encode takes paths, NumPy arrays, and lists of clips of different lengths"
         )
     if not audio.is_floating_point():
         raise TypeError(f"{name} must hold floating-point samples in [-1, 1], got {audio.dtype}")
@@ -58,12 +69,21 @@ def validate_audio(audio: Tensor, name: str) -> tuple[Tensor, float]:
         raise ValueError(f"{name} must have shape (clips, samples) or (samples,), got {tuple(audio.shape)}")
     if audio.numel() == 0:
         raise ValueError(f"{name} is empty: got shape {tuple(audio.shape)}")
-    batch = torch.atleast_2d(audio.detach()).float()
-    lowest, highest = (value.item() for value in batch.aminmax())  # NaN if any sample is
-    peak = max(-lowest, highest)
-    if not (math.isfinite(lowest) and peak <= LARGEST_PEAK):
-        raise ValueError(f"{name} must hold finite samples in [-1, 1], got values from {lowest} to {highest}")
-    return batch, peak
+
+
+def check_lengths(lengths: Tensor | Sequence[int], clips: int, samples: int) -> list[int]:
+    """Return the numbers of real samples of padded clips as integers.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: not one for each clip, or not between 1 and the padded number of samples.
+    """
+    values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if not all(isinstance(value, Integral) and not isinstance(value, bool) for value in values):
+        raise TypeError(f"lengths must be integers, in samples; got {lengths!r}")
+    if len(values) != clips or not all(1 <= value <= samples for value in values):
+        raise ValueError(f"lengths must be {clips} numbers of samples from 1 to {samples}, got {values}")
+    return [int(value) for value in values]
 
 
 def warn_if_loud(peak: float, name: str, stacklevel: int) -> bool:

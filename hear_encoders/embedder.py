@@ -9,13 +9,25 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import get_args
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hear_encoders.checks import check_audio, check_choice, check_statistics, validate_audio, warn_if_loud
+from hear_encoders.checks import (
+    check_audio,
+    check_choice,
+    check_lengths,
+    check_shape,
+    check_statistics,
+    validate_audio,
+    warn_if_loud,
+)
+from hear_encoders.clips import KINDS, LONG_S, Clip, as_clip, decode_ahead, in_batches, is_clip, prefetch
 from hear_encoders.execution import Execution, Precision, raise_mmap_threshold
 from hear_encoders.framing import FRAMINGS, FramingName, Segment
 from hear_encoders.nn.build import Encoder
@@ -31,6 +43,8 @@ from hear_encoders.nn.frontend import (
 from hear_encoders.pooling import POOLINGS, PoolingName
 
 DEFAULT_MAX_SEGMENTS = 8
+
+DECODING_THREADS = 4
 
 
 class Embedder(nn.Module):
@@ -162,6 +176,145 @@ class Embedder(nn.Module):
         embeddings = self.embed_batches([batch], per_step=True)[0].to(audio.device)
         timestamps = self.timestamps_ms(batch.shape[1]).to(audio.device)
         return embeddings, timestamps.repeat(batch.shape[0], 1)
+
+    def forward(self, audio: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Return the embeddings of all time steps, with gradients, for fine-tuning: `model(audio, lengths)`.
+
+        Without `lengths` a row is a clip, zeros at its end included: they are part of what it is normalized with. With
+        `lengths`, a row gives what its first `lengths[i]` samples give alone, whatever comes after them.
+
+        Args:
+            audio: (B, samples) or (samples,) floating point, 16 kHz mono in [-1, 1].
+            lengths: (B,) integers, the numbers of samples of each clip before its padding.
+
+        Returns:
+            (B, T, E) float32 on the audio's device, T = `step_count(samples)`. With `lengths`, the steps of clip i are
+            the first `step_count(lengths[i])`, and zeros follow. `pool` makes scene embeddings of them. Under
+            `torch.no_grad()` the values are those of `timestamp_embeddings`.
+
+        Raises:
+            TypeError, ValueError: as for `scene_embeddings`, padding excepted; or `lengths` that do not fit.
+        """
+        check_shape(audio)
+        batch = torch.atleast_2d(audio)
+        rows = {batch.shape[1]: list(range(len(batch)))}
+        if lengths is not None:
+            counts = check_lengths(lengths, *batch.shape)
+            rows = {count: [row for row, own in enumerate(counts) if own == count] for count in sorted(set(counts))}
+            padding = torch.arange(batch.shape[1]) >= torch.tensor(counts)[:, None]
+            batch = batch.masked_fill(padding.to(batch.device), 0)
+        check_audio(batch)
+        self._check_weights(stacklevel=4)
+        batch, steps = self._to_device(batch.float()), self.step_count(batch.shape[1])
+        segments, first_steps = [], []  # each segment's first step is that row of (B T, E)
+        for count, own in rows.items():
+            pieces = self._segments(batch[own, :count])
+            segments += pieces
+            per_clip = len(pieces) // len(own)
+            first_steps += [
+                row * steps + index * self.encoder.config.patches.steps for row in own for index in range(per_clip)
+            ]
+        result = torch.zeros(len(batch) * steps, self.timestamp_embedding_size, device=self.device)
+        for indices, embeddings in self._encode(segments):
+            first = torch.tensor([first_steps[index] for index in indices], device="cpu")
+            row = (first[:, None] + torch.arange(embeddings.shape[1], device="cpu")).flatten()
+            result = result.index_copy_(0, self._to_device(row), embeddings.flatten(0, 1))
+        return result.unflatten(0, (-1, steps)).to(audio.device)
+
+    def pool(self, embeddings: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Pool the time steps that `model(audio, lengths)` returns, with gradients.
+
+        Args:
+            embeddings: (B, T, E).
+            lengths: (B,) as given to the model; None: all T steps are the clips'.
+
+        Returns:
+            Scene embeddings (B, E), or (B, 2 E) for "mean_std".
+        """
+        if lengths is None:
+            return self._pool.finish(self._pool.summarize(embeddings), embeddings.shape[1])
+        values = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        steps = [self.step_count(samples) for samples in values]
+        if len(steps) != len(embeddings) or max(steps) > embeddings.shape[1]:
+            raise ValueError(f"embeddings of shape {tuple(embeddings.shape)} do not fit lengths {list(values)}")
+        scenes = [
+            self._pool.finish(self._pool.summarize(clip[None, :count]), count) for clip, count in zip(embeddings, steps)
+        ]
+        return torch.cat(scenes)
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        sampling_rate: float | None = None,
+        timestamps: bool = False,
+        batch_seconds: float = 120.0,
+        normalize: bool = False,
+        show_progress_bar: bool | None = None,
+    ) -> Any:
+        """Embed one clip or many: files, arrays or rows of a datasets table, of any lengths, without padding.
+
+        Args:
+            inputs: one clip, or a list or iterator of clips, which may differ in kind and length. A clip is
+
+                - the path of an audio file, at any sample rate, with any number of channels;
+                - a NumPy array or tensor (samples,), floating point in [-1, 1], or uint8, int16 or int32 as in WAV
+                  files, which are divided by their full scale;
+                - a mapping with "array" and "sampling_rate", or a torchcodec `AudioDecoder`: what the audio column of
+                  a `datasets` table holds.
+            sampling_rate: of arrays and tensors, in Hz; None means 16000. They are resampled as files are.
+            timestamps: return one embedding per time step instead of one per clip.
+            batch_seconds: seconds of audio encoded together, and about twice as much decoded ahead. In exact framing
+                a clip over 10 minutes is read and encoded in blocks. An iterator is read as far as needed.
+            normalize: scale embeddings to length 1.
+            show_progress_bar: None shows one on a terminal and in a notebook, for several clips.
+
+        Returns:
+            float32 arrays, in the order given: a scene embedding (E,) for one clip, (N, E) for N of them, or (2 E)
+            for "mean_std"; equal to `scene_embeddings` of each clip, to rounding. With `timestamps`, a tuple
+            `(embeddings, timestamps_ms)` of shapes (T, E) and (T,) for one clip, a list of tuples for several.
+
+        Raises:
+            FileNotFoundError, OSError: a file cannot be opened.
+            TypeError, ValueError: a clip of another kind, not readable as audio, empty or not finite. Messages name
+                the path, or the place in the list.
+        """
+        if isinstance(batch_seconds, bool) or not (isinstance(batch_seconds, (int, float)) and batch_seconds > 0):
+            raise ValueError(f"batch_seconds must be a number of seconds above 0, got {batch_seconds!r}")
+        single = is_clip(inputs)
+        results: dict[int, Any] = {}
+
+        def load(numbered: tuple[int, Clip]) -> Tensor | None:  # None: to be read in blocks
+            return None if numbered[1].seconds > LONG_S and self.framer.is_local else numbered[1].load()
+
+        def keep(place: int, samples: int, embedding: Tensor) -> None:
+            values = embedding[0].cpu().numpy()
+            if normalize:
+                values = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+            results[place] = (values, self.timestamps_ms(samples).numpy()) if timestamps else values
+
+        with ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="hear_encoders.decode") as pool:
+            clips, count = _numbered_clips(pool, [inputs] if single else inputs, sampling_rate, single)
+            with _progress_bar(count, False if single and show_progress_bar is None else show_progress_bar) as bar:
+                decoded = decode_ahead(pool, load, clips, 2 * batch_seconds)
+                for batch in in_batches(decoded, batch_seconds):
+                    loaded = [(place, clip, future.result()) for (place, clip), future in batch]
+                    whole = [(place, audio) for place, _, audio in loaded if audio is not None]
+                    embedded = self.embed_batches([audio for _, audio in whole], timestamps)
+                    for (place, audio), embedding in zip(whole, embedded):
+                        keep(place, audio.shape[1], embedding)
+                    for place, clip, audio in loaded:
+                        if audio is None:
+                            read = partial(prefetch, pool, clip.blocks)
+                            embedding, samples = self.embed_blocks(read, timestamps, name=clip.name)
+                            keep(place, samples, embedding)
+                    bar.update(len(batch))
+        in_order = [results[place] for place in range(len(results))]
+        if single:
+            return in_order[0]
+        if timestamps:
+            return in_order
+        return np.stack(in_order) if in_order else np.empty((0, self.scene_embedding_size), np.float32)
 
     def step_count(self, samples: int) -> int:
         """Return the number of time steps of a clip of this many samples."""
@@ -298,6 +451,33 @@ class Embedder(nn.Module):
                 f"precision={self.precision!r} takes several times as long as 'float32' on a CPU without AVX-512",
                 stacklevel=stacklevel,
             )
+
+
+def _numbered_clips(
+    pool: ThreadPoolExecutor, inputs: Iterable[Any], sampling_rate: float | None, single: bool
+) -> tuple[Iterable[tuple[float, tuple[int, Clip]]], int | None]:
+    """Yield each clip with its seconds and its place; return these and the number of clips, if known.
+
+    A list is sorted by duration, so that last, shorter segments share forward passes too.
+    """
+
+    def clip_at(place: int, given: Any) -> tuple[float, tuple[int, Clip]]:
+        clip = as_clip(given, "audio" if single else f"inputs[{place}]", sampling_rate)
+        return clip.seconds, (place, clip)
+
+    if not isinstance(inputs, Iterable):
+        raise TypeError(f"expected {KINDS}, or a list or iterator of these; got {type(inputs).__name__}")
+    if isinstance(inputs, (list, tuple)):
+        clips = list(pool.map(clip_at, range(len(inputs)), inputs))
+        return sorted(clips, key=lambda clip: clip[0]), len(inputs)
+    return (clip_at(*numbered) for numbered in enumerate(inputs)), len(inputs) if isinstance(inputs, Sized) else None
+
+
+def _progress_bar(count: int | None, show: bool | None) -> Any:
+    from tqdm.auto import tqdm  # imported on use, since it is slow to import
+
+    # disable=None: only on a terminal, or in a notebook. Short work needs no bar.
+    return tqdm(total=count, unit="clip", disable=None if show is None else not show, delay=1 if show is None else 0)
 
 
 def _step_counts(counts: list[int]) -> Tensor:

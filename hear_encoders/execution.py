@@ -58,9 +58,16 @@ class Execution:
             yield indices[first : first + most]
 
     def encode(self, encoder: Encoder, frames: Tensor) -> Tensor:
-        """Encode normalized log-mel segments: (B, F, bands) -> (B, N, D), in the dtype the encoder gives."""
+        """Encode normalized log-mel segments: (B, F, bands) -> (B, N, D), in the dtype the encoder gives.
+
+        With gradients if they are enabled and something requires them.
+        """
         device = frames.device
         dtype = resolve_precision(self.precision, device)
+        trained = any(parameter.requires_grad for parameter in encoder.parameters())
+        if torch.is_grad_enabled() and (trained or frames.requires_grad):
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+                return (self._compile(encoder) if self.compile else encoder)(frames)
         threads = self._threads(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
             # A remainder that the threads cannot share evenly runs with intra-op parallelism.

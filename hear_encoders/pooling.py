@@ -14,6 +14,8 @@ from torch import Tensor
 
 PoolingName = Literal["mean", "mean_std"]
 
+LEAST_VARIANCE = 1e-24  # the root's gradient at 0 is infinite
+
 
 class Pooling(Protocol):
     """The methods of both poolings."""
@@ -69,7 +71,7 @@ class MeanStdPooling:
 
     def finish(self, summary: Tensor, steps: int) -> Tensor:
         sums, squares = (summary / steps).chunk(2, dim=1)
-        return torch.cat([sums, squares.sqrt()], dim=1)
+        return torch.cat([sums, squares.clamp(min=LEAST_VARIANCE).sqrt()], dim=1)
 
 
 POOLINGS: dict[str, Callable[[], Pooling]] = {"mean": MeanPooling, "mean_std": MeanStdPooling}

@@ -163,9 +163,10 @@ LAYERS = [
     ["hear_encoders.hear", "hear_encoders.stream"],
     ["hear_encoders.__init__"],
     ["hear_encoders.embedder"],
+    ["hear_encoders.clips"],
     ["hear_encoders.framing", "hear_encoders.pooling", "hear_encoders.execution", "hear_encoders.checks"],
     ["hear_encoders.checkpoint", "hear_encoders.released", "hear_encoders.audio"],
-    ["hear_encoders.hub", "hear_encoders.pcm", "hear_encoders.frontend"],
+    ["hear_encoders.hub", "hear_encoders.pcm", "hear_encoders.media", "hear_encoders.frontend"],
     ["hear_encoders.nn.build", "hear_encoders.nn.axlstm_offline", "hear_encoders.nn.axlstm_online"],
     ["hear_encoders.nn.axlstm_folded"],
     ["hear_encoders.nn.axlstm", "hear_encoders.nn.transformer"],
@@ -260,7 +261,7 @@ def test_every_import_is_declared_as_a_dependency() -> None:
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             used |= {name.partition(".")[0] for name in names}
     third_party = used - set(sys.stdlib_module_names) - set(PACKAGES)
-    assert third_party - {"pyarrow"} == declared  # pyarrow: the extra "parquet"
+    assert third_party - {"av", "pyarrow"} == declared  # the extras "av" and "parquet"
 
 
 def dependencies() -> list[str]:

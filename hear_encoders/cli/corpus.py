@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +20,8 @@ from torch import Tensor
 from hear_encoders.audio import AudioFile, duration_s, load_audio, read_audio
 from hear_encoders.checks import check_audio
 from hear_encoders.cli.outputs import Output
+from hear_encoders.clips import LONG_S, decode_ahead, in_batches, prefetch
 from hear_encoders.embedder import Embedder
-
-# In exact framing, longer files are not held in memory as a whole. They are decoded twice, first for their statistics.
-LONG_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -106,11 +104,11 @@ def embed_files(
         lengths = list(pool.map(duration_s, [file.path for file in files]))
         by_length = sorted(zip(lengths, files), key=lambda pair: (pair[0], pair[1].path))
         long = [file for seconds, file in by_length if seconds > LONG_S and embedder.framer.is_local]
-        decoded = _decode_ahead(pool, by_length[: len(by_length) - len(long)], 2 * batch_seconds)
+        decoded = decode_ahead(pool, _decode, by_length[: len(by_length) - len(long)], 2 * batch_seconds)
         # While a GPU encodes one batch, the previous one is written and the next one decoded.
         unwritten: deque[_EncodedBatch] = deque()
         try:
-            for batch in _batches(decoded, batch_seconds):
+            for batch in in_batches(decoded, batch_seconds):
                 unwritten.append(encode(batch))
                 if len(unwritten) > 1:
                     write_batch(unwritten[0])
@@ -120,7 +118,7 @@ def embed_files(
                 write_batch(encoded)
         for file in long:
             try:
-                read = partial(_prefetch, pool, partial(read_audio, file.path))
+                read = partial(prefetch, pool, partial(read_audio, file.path))
                 embedding, samples = embedder.embed_blocks(read, timestamps, name=str(file.path))
             except (OSError, ValueError, MemoryError, RuntimeError) as error:
                 failures.append(_file_failure(file, error))
@@ -168,45 +166,5 @@ def _file_failure(file: AudioFile, error: BaseException) -> Failure:
     return Failure(file.path, f"{file.path}: {type(error).__name__}: {error}", machine_fault)
 
 
-def _prefetch(pool: ThreadPoolExecutor, read: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
-    """Yield blocks of audio; while the caller works on one, the next is decoded."""
-    blocks = read()
-    following = pool.submit(next, blocks, None)
-    while (block := following.result()) is not None:
-        following = pool.submit(next, blocks, None)
-        yield block
-
-
 def _decode(file: AudioFile) -> Tensor:
     return check_audio(load_audio(file.path), name=str(file.path))
-
-
-def _decode_ahead(
-    pool: ThreadPoolExecutor, files: Iterable[tuple[float, AudioFile]], ahead_s: float
-) -> Iterator[tuple[float, AudioFile, Future[Tensor]]]:
-    """Decode in order, at most `ahead_s` seconds (and at least one file) ahead of the caller."""
-    pending: deque[tuple[float, AudioFile, Future[Tensor]]] = deque()
-    pending_s = 0.0
-    for seconds, file in files:
-        while pending and pending_s + seconds > ahead_s:
-            pending_s -= pending[0][0]
-            yield pending.popleft()
-        pending.append((seconds, file, pool.submit(_decode, file)))
-        pending_s += seconds
-    yield from pending
-
-
-def _batches(
-    decoded: Iterable[tuple[float, AudioFile, Future[Tensor]]], batch_seconds: float
-) -> Iterator[list[tuple[AudioFile, Future[Tensor]]]]:
-    """Group consecutive files into batches of at most `batch_seconds`, or of one longer file."""
-    batch: list[tuple[AudioFile, Future[Tensor]]] = []
-    batch_s = 0.0
-    for seconds, file, future in decoded:
-        if batch and batch_s + seconds > batch_seconds:
-            yield batch
-            batch, batch_s = [], 0.0
-        batch.append((file, future))
-        batch_s += seconds
-    if batch:
-        yield batch

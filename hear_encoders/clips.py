@@ -1,0 +1,195 @@
+"""Clips of many kinds, one after the other: what `Embedder.encode` accepts, and decoding ahead of the encoder.
+
+A clip is a path, an array or tensor, a row of a datasets table or a torchcodec decoder. Threads decode while the
+encoder runs, and batches hold clips of any length. The commands use the same decoding and batches.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from typing import Any, TypeVar
+
+import numpy as np
+import soxr
+import torch
+from torch import Tensor
+
+from hear_encoders.audio import BLOCK_FRAMES, duration_s, read_audio
+from hear_encoders.checks import check_audio
+from hear_encoders.nn.frontend import SAMPLE_RATE
+
+# In exact framing, longer clips are not held in memory as a whole. They are decoded twice, first for their statistics.
+LONG_S = 600.0
+
+UNKNOWN_S = 30.0  # a guess, to bound how much is decoded ahead
+
+# Zero and full scale of integer samples, as in WAV files.
+PCM_RANGE = {"uint8": (128, 2**7), "int16": (0, 2**15), "int32": (0, 2**31)}
+
+KINDS = "a path, a 1-D array or tensor, a row {'array', 'sampling_rate'}, or a torchcodec AudioDecoder"
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Audio that is still to be read.
+
+    Attributes:
+        name: its path or place, for messages.
+        seconds: its duration, according to its header.
+        blocks: yields it from its beginning, in blocks (n,) float32 at 16 kHz, not yet checked.
+    """
+
+    name: str
+    seconds: float
+    blocks: Callable[[], Iterator[Tensor]]
+
+    def load(self) -> Tensor:
+        """Read the whole clip and check it: (1, samples).
+
+        Raises:
+            FileNotFoundError, OSError, ValueError: as `load_audio` and `check_audio`.
+        """
+        return check_audio(torch.cat(list(self.blocks())), name=self.name)
+
+
+def is_clip(given: object) -> bool:
+    """Return whether this is one clip rather than several, going by its type."""
+    single = isinstance(given, (str, os.PathLike, np.ndarray, Tensor, Mapping))
+    return single or hasattr(given, "get_all_samples")
+
+
+def as_clip(given: Any, name: str, sampling_rate: float | None = None) -> Clip:
+    """Return any kind of clip as a `Clip`, without reading it.
+
+    Args:
+        given: a path; (samples,) array or tensor; a mapping with "array" and "sampling_rate"; or an object with
+            `get_all_samples`, as torchcodec's decoders.
+        name: its place, for messages; a path is its own name.
+        sampling_rate: of an array or tensor, in Hz; None means 16000.
+
+    Raises:
+        TypeError: none of these, or samples of another type.
+        ValueError: not one dimension, no samples, or an impossible sampling rate.
+        IsADirectoryError: a folder.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        path = os.fspath(given)
+        if os.path.isdir(path):
+            raise IsADirectoryError(
+                f"{path} is a folder: pass a list of its files, such as sorted(Path({path!r}).rglob('*.wav')), "
+                "or use hear-embed"
+            )
+        return Clip(str(path), duration_s(path), partial(read_audio, path))
+    if hasattr(given, "get_all_samples"):  # torchcodec
+        metadata = getattr(given, "metadata", None)
+        seconds = getattr(metadata, "duration_seconds_from_header", None) or UNKNOWN_S
+        return Clip(name, float(seconds), partial(_decoder_blocks, given, name))
+    if isinstance(given, Mapping):
+        if not {"array", "sampling_rate"} <= given.keys():
+            raise TypeError(
+                f"{name} has the keys {sorted(map(str, given))}, expected 'array' and 'sampling_rate': of a datasets "
+                "table, pass the column with the audio, such as table['audio']"
+            )
+        array = given["array"]
+        samples = np.asarray(array) if isinstance(array, (list, tuple)) else array
+        return _array_clip(samples, name, given["sampling_rate"])
+    return _array_clip(given, name, SAMPLE_RATE if sampling_rate is None else sampling_rate)
+
+
+def _array_clip(samples: Any, name: str, sampling_rate: Any) -> Clip:
+    if not isinstance(samples, (np.ndarray, Tensor)):
+        raise TypeError(f"{name} must be {KINDS}; got {type(samples).__name__}")
+    if isinstance(sampling_rate, bool) or not (isinstance(sampling_rate, Real) and 0 < float(sampling_rate) < math.inf):
+        raise ValueError(f"{name}: sampling_rate must be a number of Hz above 0, got {sampling_rate!r}")
+    dtype = str(samples.dtype).removeprefix("torch.")
+    floating = samples.is_floating_point() if isinstance(samples, Tensor) else samples.dtype.kind == "f"
+    if not floating and dtype not in PCM_RANGE:
+        raise TypeError(f"{name} must hold floating-point samples in [-1, 1], or {', '.join(PCM_RANGE)}; got {dtype}")
+    if samples.ndim != 1:
+        raise ValueError(
+            f"{name} has shape {tuple(samples.shape)}, expected (samples,): average channels, as in x.mean(0) for "
+            "(channels, samples), and pass a batch of clips as list(x)"
+        )
+    if len(samples) == 0:
+        raise ValueError(f"{name} is empty: got shape (0,)")
+    return Clip(name, len(samples) / float(sampling_rate), partial(_array_blocks, samples, float(sampling_rate)))
+
+
+def _array_blocks(samples: np.ndarray | Tensor, sampling_rate: float) -> Iterator[Tensor]:
+    """Yield samples at any rate as float32 blocks at 16 kHz. Tensors at 16 kHz stay on their device."""
+    zero, full_scale = PCM_RANGE.get(str(samples.dtype).removeprefix("torch."), (0, 1))
+    if isinstance(samples, Tensor) and (sampling_rate == SAMPLE_RATE):
+        yield (samples.detach().float() - zero) / full_scale if full_scale > 1 else samples.detach().float()
+        return
+    array = samples.detach().cpu().float().numpy() if isinstance(samples, Tensor) else samples
+    resampler = None
+    if sampling_rate != SAMPLE_RATE:
+        resampler = soxr.ResampleStream(sampling_rate, SAMPLE_RATE, num_channels=1, dtype="float32")
+    # Same blocks as those of a file, so that an array gives bit for bit what its file gives.
+    for first in range(0, len(array) + 1, BLOCK_FRAMES):
+        with np.errstate(over="ignore"):  # the check of finite samples says more
+            block = np.array(array[first : first + BLOCK_FRAMES], dtype=np.float32)
+        if full_scale > 1:
+            block = (block - np.float32(zero)) / np.float32(full_scale)
+        last = len(block) < BLOCK_FRAMES
+        yield torch.from_numpy(block if resampler is None else resampler.resample_chunk(block, last=last))
+
+
+def _decoder_blocks(decoder: Any, name: str) -> Iterator[Tensor]:
+    samples = decoder.get_all_samples()  # data is (channels, samples) in [-1, 1]
+    if samples.data.shape[-1] == 0:
+        raise ValueError(f"{name}: holds no samples")
+    return _array_blocks(samples.data.float().mean(0), float(samples.sample_rate))
+
+
+def prefetch(pool: ThreadPoolExecutor, read: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
+    """Yield blocks of audio; while the caller works on one, the next is decoded."""
+    blocks = read()
+    following = pool.submit(next, blocks, None)
+    while (block := following.result()) is not None:
+        following = pool.submit(next, blocks, None)
+        yield block
+
+
+def decode_ahead(
+    pool: ThreadPoolExecutor, decode: Callable[[Item], Any], items: Iterable[tuple[float, Item]], ahead_s: float
+) -> Iterator[tuple[float, Item, Future[Any]]]:
+    """Decode in order, at most `ahead_s` seconds (and at least one item) ahead of the caller.
+
+    Args:
+        items: each with its duration in seconds.
+    """
+    pending: deque[tuple[float, Item, Future[Any]]] = deque()
+    pending_s = 0.0
+    for seconds, item in items:
+        while pending and pending_s + seconds > ahead_s:
+            pending_s -= pending[0][0]
+            yield pending.popleft()
+        pending.append((seconds, item, pool.submit(decode, item)))
+        pending_s += seconds
+    yield from pending
+
+
+def in_batches(
+    decoded: Iterable[tuple[float, Item, Future[Any]]], batch_seconds: float
+) -> Iterator[list[tuple[Item, Future[Any]]]]:
+    """Group consecutive items into batches of at most `batch_seconds`, or of one longer item."""
+    batch: list[tuple[Item, Future[Any]]] = []
+    batch_s = 0.0
+    for seconds, item, future in decoded:
+        if batch and batch_s + seconds > batch_seconds:
+            yield batch
+            batch, batch_s = [], 0.0
+        batch.append((item, future))
+        batch_s += seconds
+    if batch:
+        yield batch
