@@ -7,6 +7,7 @@
     kit, environment         the subprocess, and the virtual environment that it needs
     aggregate, published.csv means, intervals, the papers' score s(m) and their rows
     papers                   which of the papers' tables and rows a model belongs to
+    reproduce                trains and evaluates the rows of a paper's table
     report, tables, page     results as HTML, Markdown and CSV
     probe                    quick comparison of weights on validation clips, without hear-eval-kit
     baselines, hear_naive    HEAR modules to compare with

@@ -1,4 +1,4 @@
-"""The command: `python -m evaluation setup | hear-tasks | run | report | probe`."""
+"""The command: `python -m evaluation setup | hear-tasks | run | table | report | probe`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from evaluation.hear_tasks import list_tasks
 from evaluation.probe import DEFAULT_CLIPS, can_probe, probe_model
 from evaluation.tasks import find_tasks, read_task
 from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error
+from hear_encoders.files import atomic_write
 from training.corpora.workers import sigterm_interrupts
 
 PROG = "python -m evaluation"
@@ -28,6 +29,7 @@ examples:
   {PROG} hear-tasks tasks/
   {PROG} run --module hear_axlstm --weights weights/ --tasks-dir tasks/ --out results/
   {PROG} run --module evaluation.baselines --name logmel --tasks-dir tasks/ --out results/
+  {PROG} table axlstm/5 --data shards/ --tasks-dir tasks/ --out small/ --steps 750 --batch-size 16
   {PROG} report results/
 
 To evaluate another HEAR module, install it into heareval's environment (.heareval/bin/pip install ...), or start the
@@ -42,6 +44,12 @@ Evaluate a model on HEAR tasks. For each task, `run` takes these steps, each in 
   map      lay out a scene task's test clips in two dimensions, for the report
 
 Give the same command again to do the missing steps.
+"""
+
+_TABLE_DESCRIPTION = """\
+Train each row of a paper's table that has a config in training/configs/papers/, export it, evaluate it as `run` does,
+and print it beside the printed row. Rows that are finished are kept: give the same command again to continue. Commands
+that share DIR, on one or several machines, take different rows.
 """
 
 
@@ -73,10 +81,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_run_arguments(run)
+    table = commands.add_parser(
+        "table",
+        help="train and evaluate the rows of a paper's table",
+        description=_TABLE_DESCRIPTION,
+        epilog=f"example: {PROG} table axlstm/5 --data shards/ --tasks-dir tasks/ --out small/ --steps 750 "
+        "--batch-size 16 --set precision=bfloat16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_table_arguments(table)
     commands.add_parser("report", help="show results as tables and charts", add_help=False)
     _add_probe_arguments(commands.add_parser("probe", help="compare weights quickly, on validation clips"))
     options = parser.parse_args(arguments)
-    command = {"setup": _setup, "hear-tasks": _hear_tasks, "run": _run, "probe": _probe}[options.command]
+    command = {"setup": _setup, "hear-tasks": _hear_tasks, "run": _run, "table": _table, "probe": _probe}[
+        options.command
+    ]
     try:
         with sigterm_interrupts():
             return command(options)
@@ -100,6 +119,10 @@ def _report(arguments: Sequence[str]) -> int:
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--module", required=True, help="import name of the HEAR module")
+    _add_option_and_tasks(parser)
+
+
+def _add_option_and_tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option",
         action="append",
@@ -120,12 +143,16 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, type=output_path, metavar="RESULTS", help="folder for LABEL/TASK/...")
     parser.add_argument(
+        "--keep-embeddings", action="store_true", help="keep the embeddings of finished tasks in RESULTS/LABEL/.work/"
+    )
+    _add_kit_arguments(parser)
+
+
+def _add_kit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--seeds", type=positive(int), default=10, metavar="N", help="use seeds 0 to N-1; default: %(default)s"
     )
     parser.add_argument("--jobs", type=positive(int), default=1, metavar="N", help="processes that share the CPU cores")
-    parser.add_argument(
-        "--keep-embeddings", action="store_true", help="keep the embeddings of finished tasks in RESULTS/LABEL/.work/"
-    )
     parser.add_argument(
         "--env",
         type=Path,
@@ -133,6 +160,32 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ENV_DIR",
         help="environment created by setup; default: %(default)s",
     )
+
+
+def _add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="PAPER/TABLE", help="audiomaepp/2 to /4, or axlstm/2 to /5")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        action="append",
+        metavar="SHARDS",
+        help="shards to train on (training.corpora.prepare); may be repeated, with --set shares=[...]",
+    )
+    parser.add_argument("--held-out", type=Path, metavar="SHARDS", help="shards to test on during training")
+    parser.add_argument("--out", required=True, type=output_path, metavar="DIR", help="folder for the rows")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these: config names without the table")
+    parser.add_argument("--steps", type=positive(int), metavar="N", help="optimizer steps, instead of 100 epochs")
+    parser.add_argument("--batch-size", type=positive(int), metavar="N", help="crops per step; default: 1024")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="changes to the rows' configs, as for training.pretrain: precision=bfloat16 base_lr=1.28e-2",
+    )
+    _add_option_and_tasks(parser)
+    _add_kit_arguments(parser)
 
 
 def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,13 +226,12 @@ def _hear_tasks(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    environment.check(options.env)
+    kit = _kit(options)
     keywords = dict(options.option)
     label = options.name or default_label(options.module, options.weights, keywords)
     model = Model(label, options.module, options.weights, keywords)
     folders = find_tasks(options.tasks_dir, options.tasks)
-    kit = [str(environment.python(options.env).absolute()), "-m", "evaluation.kit"]
-    driver = Driver(model, options.out, kit, options.jobs, lambda line: print(line, flush=True))
+    driver = Driver(model, options.out, kit, options.jobs, _print_line)
     failures = driver.run(folders, range(options.seeds), options.keep_embeddings)
     for failure in failures:
         print_error(PROG, f"failed: {failure}")
@@ -187,6 +239,46 @@ def _run(options: argparse.Namespace) -> int:
         return FAILED
     print(f"{driver.results.path}: {len(folders)} tasks, {options.seeds} seeds")
     return 0
+
+
+def _kit(options: argparse.Namespace) -> list[str]:
+    """Return the command of a kit step, without the step's arguments."""
+    environment.check(options.env)
+    return [str(environment.python(options.env).absolute()), "-m", "evaluation.kit"]
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+def _table(options: argparse.Namespace) -> int:
+    try:
+        from evaluation.reproduce import Reproduction, table_rows
+        from evaluation.tables import markdown
+    except ModuleNotFoundError as error:
+        print_error(PROG, f"error: {error}; tables need: pip install '.[train,eval]'")
+        return BAD_USAGE
+    kit = _kit(options)
+    rows = table_rows(options.table, options.rows)
+    folders = find_tasks(options.tasks_dir, options.tasks)
+    overrides = [] if options.steps is None else [f"max_steps={options.steps}"]
+    overrides += [] if options.batch_size is None else [f"batch_size={options.batch_size}"]
+    overrides += options.set
+    reproduction = Reproduction(
+        options.out, options.data, overrides, dict(options.option), options.held_out, _print_line
+    )
+    failures, elsewhere = reproduction.run(rows, folders, range(options.seeds), kit, options.jobs)
+    if tables := reproduction.tables(rows):
+        text = "\n".join(map(markdown, tables))
+        path = options.out / f"{options.table.replace('/', '_table')}.md"
+        with atomic_write(path) as file:
+            file.write(text.encode())
+        print(f"\n{text}\n{path}")
+    for name in elsewhere:
+        print_error(PROG, f"not finished: another process is working on {name}")
+    for failure in failures:
+        print_error(PROG, f"failed: {failure}")
+    return FAILED if failures or elsewhere else 0
 
 
 def _probe(options: argparse.Namespace) -> int:
