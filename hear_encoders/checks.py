@@ -117,3 +117,19 @@ def check_statistics(statistics: Sequence[float]) -> tuple[float, float]:
             f"statistics must be [mean, standard deviation], finite numbers, the latter above 0; got {statistics!r}"
         )
     return float(statistics[0]), float(statistics[1])
+
+
+def check_layer(layer: int | Sequence[int] | None, depth: int) -> tuple[int, ...] | None:
+    """Return numbers of blocks as a tuple, or None.
+
+    Raises:
+        ValueError: not an integer or several different ones, from 1 to `depth`.
+    """
+    if layer is None:
+        return None
+    given = (layer,) if isinstance(layer, Integral) else layer if isinstance(layer, (list, tuple)) else ()
+    layers = tuple(int(number) for number in given if isinstance(number, Integral) and not isinstance(number, bool))
+    allowed = layers and len(set(layers)) == len(given) and all(1 <= number <= depth for number in layers)
+    if not allowed:
+        raise ValueError(f"layer must be the number of a block, from 1 to {depth}, or a list of these; got {layer!r}")
+    return layers

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hear_encoders.checks import (
     check_audio,
     check_choice,
+    check_layer,
     check_lengths,
     check_shape,
     check_statistics,
@@ -28,7 +29,7 @@ from hear_encoders.checks import (
     warn_if_loud,
 )
 from hear_encoders.clips import KINDS, LONG_S, Clip, as_clip, decode_ahead, in_batches, is_clip, prefetch
-from hear_encoders.execution import Execution, Precision, raise_mmap_threshold
+from hear_encoders.execution import CPU_SEGMENTS, Execution, Precision, raise_mmap_threshold
 from hear_encoders.framing import FRAMINGS, FramingName, Segment
 from hear_encoders.nn.build import Encoder
 from hear_encoders.nn.frontend import (
@@ -42,7 +43,7 @@ from hear_encoders.nn.frontend import (
 )
 from hear_encoders.pooling import POOLINGS, PoolingName
 
-DEFAULT_MAX_SEGMENTS = 8
+DEFAULT_MAX_SEGMENTS = CPU_SEGMENTS
 
 DECODING_THREADS = 4
 
@@ -66,7 +67,11 @@ class Embedder(nn.Module):
             published numbers with published checkpoints.
         precision: the dtype of the encoder's matmuls. "auto" is float32 on CPU and MPS, and on CUDA bfloat16, or
             float16 if the device lacks that. Results are always float32.
-        max_segments: 2 s segments per forward pass; bounds memory, does not change the result.
+        max_segments: 2 s segments per forward pass; bounds memory, does not change the result. None is 8 on a CPU and
+            60 on a GPU.
+        layer: N embeds with the output of block N, from 1 to the encoder's depth, as it is, without the final norm.
+            Several numbers concatenate these blocks' embeddings, in the order given. None is the last block's output
+            after the final norm, as in the papers.
         statistics: mean and standard deviation of log-mel to normalize with. None takes each clip's own, over all
             its frames and bands, as in training.
         pooling: how a clip's time steps become its scene embedding: "mean", as in the papers, or "mean_std", which
@@ -80,8 +85,9 @@ class Embedder(nn.Module):
 
     Attributes:
         sample_rate: 16000, in Hz.
-        timestamp_embedding_size: E, rows of patches times channels of a token.
+        timestamp_embedding_size: E, rows of patches times channels of a token, times the number of layers.
         scene_embedding_size: E, or 2 E for "mean_std".
+        layers: the option `layer` as a tuple of numbers, or None.
         framer: the framing's implementation, see `hear_encoders.framing`.
 
     Raises:
@@ -96,7 +102,8 @@ class Embedder(nn.Module):
         *,
         framing: FramingName = "exact",
         precision: Precision = "auto",
-        max_segments: int = DEFAULT_MAX_SEGMENTS,
+        max_segments: int | None = None,
+        layer: int | Sequence[int] | None = None,
         statistics: Sequence[float] | None = None,
         pooling: PoolingName = "mean",
         compile: bool = False,
@@ -107,7 +114,7 @@ class Embedder(nn.Module):
         check_choice("precision", precision, get_args(Precision))
         if type(compile) is not bool:
             raise ValueError(f"compile must be True or False, got {compile!r}")
-        if type(max_segments) is not int or max_segments < 1:
+        if max_segments is not None and (type(max_segments) is not int or max_segments < 1):
             raise ValueError(f"max_segments must be an integer of at least 1, got {max_segments!r}")
         patches = encoder.config.patches
         if patches.bands != BANDS:
@@ -115,12 +122,14 @@ class Embedder(nn.Module):
         self.encoder = encoder
         self._framing = framing
         self.framer = FRAMINGS[framing](patches)
-        self.execution = Execution(precision, max_segments, compile)
+        self.layers = check_layer(layer, encoder.config.depth)
+        self.execution = Execution(precision, max_segments, compile, self.layers)
         self.statistics = None if statistics is None else check_statistics(statistics)
         self._pooling = pooling
         self._pool = POOLINGS[pooling]()
         self.log_mel = LogMel()
-        self.timestamp_embedding_size = patches.rows * encoder.config.dim
+        self._layer_count = 1 if self.layers is None else len(self.layers)
+        self.timestamp_embedding_size = self._layer_count * patches.rows * encoder.config.dim
         self.scene_embedding_size = self._pool.width * self.timestamp_embedding_size
         raise_mmap_threshold()
 
@@ -146,8 +155,8 @@ class Embedder(nn.Module):
 
     @property
     def max_segments(self) -> int:
-        """The option, as given."""
-        return self.execution.max_segments
+        """The option, or its default on the model's device."""
+        return self.execution.max_segments(self.device)
 
     def scene_embeddings(self, audio: Tensor) -> Tensor:
         """Return one embedding per clip: its timestamp embeddings, pooled.
@@ -433,7 +442,8 @@ class Embedder(nn.Module):
             for batch in self.execution.batches(indices, self.device):
                 frames = torch.stack([segments[index].frames for index in batch])
                 tokens = self.execution.encode(self.encoder, frames)  # (segments, N, D)
-                yield batch, self.framer.group(tokens)[:, :steps].float()
+                parts = tokens.chunk(self._layer_count, dim=2)  # one for each layer
+                yield batch, torch.cat([self.framer.group(part) for part in parts], dim=2)[:, :steps].float()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the model's device. A GPU copies it while the CPU continues."""

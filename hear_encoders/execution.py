@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,9 @@ from hear_encoders.nn.build import Encoder
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
+# 2 s segments per forward pass, unless the caller chooses. On a CPU few are faster: they stay in the cache.
+CPU_SEGMENTS, GPU_SEGMENTS = 8, 60
+
 MMAP_THRESHOLD_BYTES = 31 * 2**20  # glibc raises its threshold for blocks of up to 32 MiB
 
 
@@ -34,22 +37,30 @@ class Execution:
 
     Args:
         precision, max_segments, compile: as for `Embedder`.
+        layers: as for `PatchEncoder.encode`.
     """
 
-    def __init__(self, precision: Precision, max_segments: int, compile: bool) -> None:
-        self.precision, self.max_segments, self.compile = precision, max_segments, compile
-        self._compiled: tuple[Encoder, Callable[[Tensor], Tensor]] | None = None
+    def __init__(
+        self, precision: Precision, max_segments: int | None, compile: bool, layers: tuple[int, ...] | None = None
+    ) -> None:
+        self.precision, self.compile, self.layers = precision, compile, layers
+        self._max_segments = max_segments
+        self._compiled: tuple[Encoder, Callable[..., Tensor]] | None = None
         self._folded: FoldedAxLSTM | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_compiled": None, "_folded": None}  # a copy compiles and folds for itself
+
+    def max_segments(self, device: torch.device) -> int:
+        """Return the most segments that are encoded at once on this device."""
+        return self._max_segments or (CPU_SEGMENTS if device.type == "cpu" else GPU_SEGMENTS)
 
     def batches(self, indices: list[int], device: torch.device) -> Iterator[list[int]]:
         """Cut indices of equally long segments into batches of at most `max_segments`.
 
         All batches but the last are divisible by the number of threads.
         """
-        threads, most = self._threads(device), self.max_segments
+        threads, most = self._threads(device), self.max_segments(device)
         even = len(indices) // threads * threads if most >= threads else 0
         size = most // threads * threads or most
         for first in range(0, even, size):
@@ -58,20 +69,21 @@ class Execution:
             yield indices[first : first + most]
 
     def encode(self, encoder: Encoder, frames: Tensor) -> Tensor:
-        """Encode normalized log-mel segments: (B, F, bands) -> (B, N, D), in the dtype the encoder gives.
+        """Encode normalized log-mel segments: (B, F, bands) -> (B, N, D), or (B, N, layers * D).
 
-        With gradients if they are enabled and something requires them.
+        In the dtype the encoder gives, and with gradients if they are enabled and something requires them.
         """
         device = frames.device
         dtype = resolve_precision(self.precision, device)
-        trained = any(parameter.requires_grad for parameter in encoder.parameters())
-        if torch.is_grad_enabled() and (trained or frames.requires_grad):
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-                return (self._compile(encoder) if self.compile else encoder)(frames)
-        threads = self._threads(device)
+        needs_grad = frames.requires_grad or any(parameter.requires_grad for parameter in encoder.parameters())
+        train = torch.is_grad_enabled() and needs_grad
+        threads = 1 if train else self._threads(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            encode = self._select(encoder, dtype, train)
+            if self.layers is not None:
+                encode = partial(encode, layers=self.layers)
             # A remainder that the threads cannot share evenly runs with intra-op parallelism.
-            return encode_in_threads(self._select(encoder, dtype), frames, threads if len(frames) % threads == 0 else 1)
+            return encode_in_threads(encode, frames, threads if len(frames) % threads == 0 else 1)
 
     def is_slow(self, device: torch.device) -> bool:
         """Return whether the precision is half on an x86 CPU without AVX-512, which emulates it."""
@@ -84,29 +96,60 @@ class Execution:
         on_cpu = device.type == "cpu" and resolve_precision(self.precision, device) is torch.float32
         return torch.get_num_threads() if on_cpu and not self.compile else 1
 
-    def _select(self, encoder: Encoder, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """Select the fastest implementation of the encoder: folded, compiled or plain."""
-        if dtype is torch.float32 and isinstance(encoder, AxLSTMEncoder) and encoder.mode == "auto":
+    def _select(self, encoder: Encoder, dtype: torch.dtype, train: bool) -> Callable[..., Tensor]:
+        """Select the fastest implementation of the encoder: folded (which has no gradients), compiled or plain."""
+        fold = dtype is torch.float32 and not train
+        if fold and isinstance(encoder, AxLSTMEncoder) and encoder.mode == "auto":
             if self._folded is None or not self._folded.is_current(encoder):
                 self._folded = FoldedAxLSTM.of(encoder)
             if self._folded is not None:
                 return OfflineEncoder(encoder, self._folded)
         return self._compile(encoder) if self.compile else encoder
 
-    def _compile(self, encoder: Encoder) -> Callable[[Tensor], Tensor]:
+    def _compile(self, encoder: Encoder) -> Callable[..., Tensor]:
         """Compile the encoder once, for any number of full segments; each shorter length would compile again."""
         if self._compiled is None or self._compiled[0] is not encoder:
             self._compiled = encoder, torch.compile(encoder)
         compiled = self._compiled[1]
 
-        def encode(frames: Tensor) -> Tensor:
+        def encode(frames: Tensor, layers: tuple[int, ...] | None = None) -> Tensor:
             if frames.shape[1] < encoder.config.patches.chunk_frames:
-                return encoder(frames)
+                return encoder(frames, layers)
             if frames.shape[0] > 1:  # torch compiles a batch of one separately
                 torch._dynamo.maybe_mark_dynamic(frames, 0)
-            return compiled(frames)
+            return compiled(frames, layers)
 
         return encode
+
+
+def available_devices() -> list[str]:
+    """Return the names of this machine's devices that PyTorch can use: "cpu", then "cuda:0" and so on."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    numbers = range(torch.accelerator.device_count()) if kind is not None else ()
+    return ["cpu", *(f"{kind.type}:{number}" for number in numbers if kind is not None)]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return a device that is there.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", "mps" and so on; "auto" is a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device. The message names those that are there.
+    """
+    names = available_devices()
+    if device == "auto":
+        return torch.device(names[1].partition(":")[0] if len(names) > 1 else "cpu")
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} is not one of PyTorch's: use 'auto' or {_listed(names)}") from error
+    if wanted.type != "cpu" and f"{wanted.type}:{wanted.index or 0}" not in names:
+        built = wanted.type != "cuda" or torch.version.cuda or torch.version.hip
+        reason = "" if built else "; this PyTorch was built without CUDA"
+        raise ValueError(f"device {str(wanted)!r} is not there, only {_listed(names)}{reason}")
+    return wanted
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
@@ -194,6 +237,10 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
             all_started.abort()  # releases the threads that were started
             raise
     return pool
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _cpu_capability() -> str:

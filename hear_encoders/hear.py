@@ -10,14 +10,30 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from hear_encoders.checkpoint import WEIGHTS_FILE, load_checkpoint, resolve
-from hear_encoders.embedder import DEFAULT_MAX_SEGMENTS, Embedder
-from hear_encoders.execution import Precision
+from hear_encoders.checks import check_choice
+from hear_encoders.embedder import Embedder
+from hear_encoders.execution import Precision, resolve_device
 from hear_encoders.framing import FramingName
+from hear_encoders.nn.axlstm import AxLSTMEncoder, EncoderMode
 from hear_encoders.pooling import PoolingName
+
+
+class EmbeddingSetting(NamedTuple):
+    """What the option `embedding` stands for: values of `layer` and `pooling`."""
+
+    layer: int | tuple[int, ...] | None = None
+    pooling: PoolingName = "mean"
+
+
+EmbeddingName = Literal["paper", "best"]
+
+EMBEDDINGS = {"paper": EmbeddingSetting(), "best": EmbeddingSetting(pooling="mean_std")}
 
 
 @dataclass(frozen=True)
@@ -41,14 +57,18 @@ class HearModule:
         revision: str | None = None,
         framing: FramingName | None = None,
         precision: Precision = "auto",
-        max_segments: int = DEFAULT_MAX_SEGMENTS,
+        max_segments: int | None = None,
         statistics: Sequence[float] | None = None,
-        pooling: PoolingName = "mean",
+        embedding: EmbeddingName = "paper",
+        layer: int | Sequence[int] | None = None,
+        pooling: PoolingName | None = None,
+        device: str | torch.device = "cpu",
+        mode: EncoderMode | None = None,
         compile: bool = False,
         released: bool = False,
         max_chunks: int | None = None,
     ) -> Embedder:
-        """Load a model on the CPU; move it with `.to(device)`.
+        """Load a model.
 
         Args:
             model_file_path: a directory with `config.json` and `model.safetensors`, the `.safetensors` file in it, or
@@ -56,10 +76,21 @@ class HearModule:
             revision: branch, tag or commit of the Hub repository; None is its default branch.
             framing: "exact", or "reference" for the released code's framing. None is "exact" unless `released`.
             precision: dtype of the encoder's matmuls: "auto", "float32", "bfloat16" or "float16".
-            max_segments: 2 s segments per forward pass; bounds memory, does not change the result.
+            max_segments: 2 s segments per forward pass; bounds memory, does not change the result. None is 8 on a CPU
+                and 60 on a GPU.
             statistics: mean and standard deviation of log-mel to normalize with instead of each clip's own.
+            embedding: "paper" is the papers' embedding. "best" is the layer and pooling that we recommend for
+                downstream tasks, today `pooling="mean_std"`; it may change with the bundled weights.
+            layer: embed with the output of this block, counted from 1, as it is; a list concatenates the embeddings of
+                several. None: as `embedding` says, and in the papers the last block's output after the final norm.
             pooling: how a clip's time steps become its scene embedding: "mean", as in the papers, or "mean_std", which
-                appends their standard deviation and is twice as long.
+                appends their standard deviation and is twice as long. None: as `embedding` says.
+            device: "cpu", "cuda", "cuda:1", "mps" and so on; "auto" is a GPU if there is one, else the CPU. `.to`
+                moves the model later.
+            mode: form of an AxLSTM's mLSTM cell; none changes the result. "auto", also the meaning of None, is the
+                fastest on each device. The others are plain forms, for experiments: "parallel" compares all pairs of
+                tokens, "chunkwise" does so in chunks and carries a memory between them, and "recurrent" goes token by
+                token.
             compile: run the encoder through `torch.compile`, which takes a minute or more at the first call. An AxLSTM
                 in float32 on the CPU has a faster form and is not compiled.
             released: embed as the papers' released code does, in reference framing. Its other quirks belong to the
@@ -73,8 +104,15 @@ class HearModule:
         Raises:
             FileNotFoundError: there are no such weights, or an offline machine does not have them in its cache.
             PermissionError, ConnectionError: the Hub asks for a token, or failed.
-            ValueError: a damaged or foreign checkpoint, one of another family, or an invalid option.
+            ValueError: a damaged or foreign checkpoint, one of another family, an invalid option, or a device that is
+                not there.
         """
+        check_choice("embedding", embedding, tuple(EMBEDDINGS))
+        if embedding != "paper" and (layer is not None or pooling is not None):
+            raise ValueError(f"embedding={embedding!r} selects the layer and the pooling: give it alone, or give these")
+        if mode is not None:
+            check_choice("mode", mode, get_args(EncoderMode))
+        place = resolve_device(device)
         if framing is None:
             framing = "reference" if released else "exact"
         elif released and framing != "reference":
@@ -88,21 +126,27 @@ class HearModule:
         encoder = load_checkpoint(source)
         if encoder.config.family not in self.families:
             raise ValueError(f"{source}: holds a model of family {encoder.config.family!r}, {self._supported()}")
+        if mode is not None:
+            if not isinstance(encoder, AxLSTMEncoder):
+                raise ValueError(f"mode is for AxLSTM, but {source} holds a model of family {encoder.config.family!r}")
+            encoder.mode = mode
+        setting = EMBEDDINGS[embedding]
         embedder = Embedder(
             encoder,
             framing=framing,
             precision=precision,
             max_segments=max_segments if max_chunks is None else max_chunks,
+            layer=setting.layer if layer is None else layer,
             statistics=statistics,
-            pooling=pooling,
+            pooling=setting.pooling if pooling is None else pooling,
             compile=compile,
         )
-        return embedder.eval()
+        return embedder.eval().to(place)
 
     def get_scene_embeddings(self, audio: Tensor, model: Embedder) -> Tensor:
         """Return one embedding per clip, its time steps' embeddings pooled, without gradients.
 
-        To fine-tune, train `model.encoder` on log-mel normalized as in `hear_encoders.frontend`.
+        To fine-tune, call `model(audio, lengths)`, which has gradients.
 
         Args:
             audio: (clips, samples) floating point, 16 kHz mono in [-1, 1].

@@ -93,7 +93,7 @@ class AxLSTMStream:
         statistics: Sequence[float] | None = None,
         warm_up_s: float = DEFAULT_WARM_UP_S,
     ) -> None:
-        encoder = _streamable_encoder(model)
+        encoder = streamable_encoder(model)
         if type(streams) is not int or streams < 1:
             raise ValueError(f"streams must be an integer of at least 1, got {streams!r}")
         if isinstance(warm_up_s, bool) or not (isinstance(warm_up_s, (int, float)) and 0 <= warm_up_s < math.inf):
@@ -107,7 +107,7 @@ class AxLSTMStream:
         self._device = device = model.device
         self._log_mel = LogMel().to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # whatever the caller has switched on
-            self._encoder = OnlineEncoder(encoder, streams)
+            self._encoder = OnlineEncoder(encoder, streams, model.layers)
         self._received = 0
         # Keep only the samples that later frames need.
         kept = HOP * FRAMES_BEFORE + max(self._framing.step_samples + LOOKAHEAD, SHORTEST_CLIP) - 1
@@ -303,7 +303,7 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _streamable_encoder(model: Embedder) -> AxLSTMEncoder:
+def streamable_encoder(model: Embedder) -> AxLSTMEncoder:
     """Return a model's encoder, or raise an error that says why it cannot be streamed."""
     if not isinstance(model, Embedder):
         raise TypeError(f"model must come from hear_axlstm.load_model, got {type(model).__name__}")

@@ -132,9 +132,9 @@ def test_gates_that_open_and_close_equal_the_plain_form():
 def test_an_embedder_runs_it_and_gives_what_the_plain_form_gives(noise, monkeypatch):
     encoder, audio, runs, encode = encoder_with(), noise(3, 80_000), [], OfflineEncoder._encode
 
-    def counted(self: OfflineEncoder, tokens: Tensor) -> Tensor:
+    def counted(self: OfflineEncoder, tokens: Tensor, layers: list[int]) -> Tensor:
         runs.append(len(tokens))
-        return encode(self, tokens)
+        return encode(self, tokens, layers)
 
     monkeypatch.setattr(OfflineEncoder, "_encode", counted)
     embeddings, _ = Embedder(encoder).timestamp_embeddings(audio)

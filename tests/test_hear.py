@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 import hear_audiomaepp
 import hear_axlstm
 from hear_encoders import build_encoder, preset, save_checkpoint
+from hear_encoders.execution import resolve_device
+from hear_encoders.hear import EMBEDDINGS
 
 MODULES = {"hear_audiomaepp": hear_audiomaepp, "hear_axlstm": hear_axlstm}
 FAMILIES = {"hear_audiomaepp": ["audiomaepp", "mae"], "hear_axlstm": ["axlstm", "ssast"]}
@@ -174,3 +176,68 @@ def test_the_modules_export_only_the_hear_functions_and_hear_axlstm_also_streams
         "load_model",
         *streams,
     ]
+
+
+def test_a_model_is_loaded_onto_a_device_that_is_there(checkpoints, monkeypatch):
+    load_model, path = hear_axlstm.load_model, checkpoints["axlstm"]
+    assert load_model(path).device == load_model(path, device="cpu").device == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert load_model(path, device="auto").device == torch.device("cpu")
+    for device in ("cuda", "cuda:1", torch.device("cuda"), "mps"):
+        with pytest.raises(ValueError, match=r"device '(cuda(:1)?|mps)' is not there, only 'cpu'"):
+            load_model(path, device=device)
+    for device in ("gpu", "cuda:x", 0.5):
+        with pytest.raises(ValueError, match=f"device {device!r} is not one of PyTorch's: use 'auto' or 'cpu'"):
+            load_model(path, device=device)
+
+
+def test_the_devices_of_a_machine_with_gpus_are_selected_by_name(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        assert resolve_device(name) == torch.device(name)
+    assert resolve_device("auto") == torch.device("cuda")
+    for name in ("cuda:2", "mps"):
+        with pytest.raises(ValueError, match=f"device '{name}' is not there, only 'cpu', 'cuda:0', 'cuda:1'"):
+            resolve_device(name)
+
+
+@pytest.mark.parametrize("mode", ["auto", "parallel", "chunkwise", "recurrent"])
+def test_the_mode_of_an_axlstm_does_not_change_its_embeddings(checkpoints, noise, mode):
+    model = hear_axlstm.load_model(checkpoints["axlstm"], mode=mode)
+    assert model.encoder.mode == mode
+    expected = hear_axlstm.load_model(checkpoints["axlstm"]).scene_embeddings(noise(1, 40_000))
+    torch.testing.assert_close(model.scene_embeddings(noise(1, 40_000)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mode_is_one_of_an_axlstm(checkpoints):
+    with pytest.raises(
+        ValueError, match="mode must be one of 'auto', 'parallel', 'chunkwise', 'recurrent'; got 'fast'"
+    ):
+        hear_axlstm.load_model(checkpoints["axlstm"], mode="fast")
+    for module, family in ((hear_axlstm, "ssast"), (hear_audiomaepp, "audiomaepp")):
+        with pytest.raises(ValueError, match=f"mode is for AxLSTM, but .* holds a model of family '{family}'"):
+            module.load_model(checkpoints[family], mode="parallel")
+
+
+def test_an_embedding_stands_for_a_layer_and_a_pooling(checkpoints, noise):
+    load_model, path, audio = hear_axlstm.load_model, checkpoints["axlstm"], noise(1, 40_000)
+    default = load_model(path).scene_embeddings(audio)
+    assert torch.equal(load_model(path, embedding="paper").scene_embeddings(audio), default)
+    best = load_model(path, embedding="best")
+    setting = EMBEDDINGS["best"]
+    assert torch.equal(best.scene_embeddings(audio), load_model(path, **setting._asdict()).scene_embeddings(audio))
+    assert not torch.equal(best.scene_embeddings(audio)[:, :240], best.scene_embeddings(audio)[:, 240:])
+    with pytest.raises(ValueError, match="embedding must be one of 'paper', 'best'; got 'good'"):
+        load_model(path, embedding="good")
+    for option in ({"layer": 1}, {"pooling": "mean"}):
+        with pytest.raises(ValueError, match="embedding='best' selects the layer and the pooling"):
+            load_model(path, embedding="best", **option)
+
+
+def test_a_layer_of_a_loaded_model_has_the_size_of_its_embeddings(checkpoints, noise):
+    model = hear_axlstm.load_model(checkpoints["axlstm"], layer=[1, 2], pooling="mean_std")
+    assert (model.timestamp_embedding_size, model.scene_embedding_size) == (480, 960)
+    assert hear_axlstm.get_scene_embeddings(noise(1, 9000), model).shape == (1, 960)
+    assert hear_axlstm.get_timestamp_embeddings(noise(1, 9000), model)[0].shape == (1, 14, 480)

@@ -217,15 +217,12 @@ class AxLSTMEncoder(PatchEncoder):
         self.norm = nn.LayerNorm(config.dim, eps=FINAL_NORM_EPS)
         self.built_shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
 
-    def encode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Run the blocks as `PatchEncoder.encode` does; `positions` has no effect, since the tokens contain them."""
-        x = self.with_cls(tokens)  # (B, S, D)
-        for index, block in enumerate(self.blocks):
-            flipped = self.config.flip and index % 2 == 1
-            x = x.flip(1) if flipped else x
-            x = block(x, self.mode, self.chunk_size)
-            x = x.flip(1) if flipped else x
-        return self.norm(x)
+    def run_block(self, number: int, block: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
+        """Run one block; `positions` has no effect, since the tokens contain them."""
+        flipped = self.config.flip and number % 2 == 0
+        x = x.flip(1) if flipped else x
+        x = block(x, self.mode, self.chunk_size)
+        return x.flip(1) if flipped else x
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -14,6 +14,7 @@ of a token, H heads, K channels of a head, I = H * K, P channels of a merged map
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -40,26 +41,32 @@ class OfflineEncoder:
         self._encoder, self._folded = encoder, folded
         self._config = encoder.config
 
-    def __call__(self, logmel: Tensor) -> Tensor:
-        """Encode normalized log-mel segments: (B, frames, bands) -> (B, tokens, D)."""
+    def __call__(self, logmel: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        """Encode normalized log-mel segments: (B, frames, bands) -> (B, tokens, D), or (B, tokens, layers * D)."""
         tokens = self._encoder.with_cls(self._encoder.embed(logmel))  # (B, S, D)
         batch, length, _ = tokens.shape
         together = max(1, SEGMENT_TOKENS * torch.get_num_threads() // length)
-        encoded = [self._encode(part) for part in tokens.tensor_split(-(-batch // together))]
-        return self._encoder.norm(torch.cat(encoded))[:, 1:]
+        parts = tokens.tensor_split(-(-batch // together))
+        if layers is None:
+            return self._encoder.norm(torch.cat([self._encode(part, [self._config.depth]) for part in parts]))[:, 1:]
+        return torch.cat([self._encode(part, layers) for part in parts])[:, 1:]
 
-    def _encode(self, tokens: Tensor) -> Tensor:
-        """Run all blocks: (N, S, D) -> (N, S, D)."""
+    def _encode(self, tokens: Tensor, layers: Sequence[int]) -> Tensor:
+        """Run the blocks up to the last of these layers: (N, S, D) -> (N, S, layers * D)."""
         segments, length, dim = tokens.shape
         x = tokens.transpose(0, 1).flatten(0, 1).clone()  # (S N, D)
         workspace = _Workspace(self._config.heads, self._folded, segments, length)
         sigmoid_gate = self._config.input_gate == "sigmoid"
-        for index, block in enumerate(self._folded.blocks):
+        outputs = {}
+        for index, block in enumerate(self._folded.blocks[: max(layers)]):
             flipped = self._config.flip and index % 2 == 1
             x = x.view(length, -1).flip(0).view(-1, dim) if flipped else x
             _add_block(x, block, workspace, sigmoid_gate)
             x = x.view(length, -1).flip(0).view(-1, dim) if flipped else x
-        return x.view(length, segments, dim).transpose(0, 1)
+            if index + 1 in layers:
+                outputs[index + 1] = x.clone() if index + 1 < max(layers) else x  # blocks work in place
+        x = torch.cat([outputs[layer] for layer in layers], dim=1) if len(layers) > 1 else x
+        return x.view(length, segments, -1).transpose(0, 1)
 
 
 def _add_block(x: Tensor, block: FoldedBlock, workspace: _Workspace, sigmoid_gate: bool) -> None:

@@ -12,6 +12,7 @@ D channels of a token, H heads, K channels of a head, I = H * K, P channels of a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -31,13 +32,18 @@ MIN_WEIGHT = math.exp(LOG_WEIGHT_FLOOR[torch.float32])  # of a token, relative t
 class OnlineEncoder:
     """An AxLSTM encoder that continues where it stopped, a few columns of patches at a time.
 
+    Args:
+        encoder: the weights are copied.
+        streams: B.
+        layers: give the outputs of these blocks, as `PatchEncoder.encode` does; later blocks are left out.
+
     Attributes:
         state: updated in place: "conv" (blocks, B, kernel - 1, H, K), the convolutions' inputs; "folded_memory"
             (blocks, H, B, K, K + 1), the cell's C with its n as the last column, made with folded keys; "stabilizer"
             (blocks, H, B), the cell's m.
     """
 
-    def __init__(self, encoder: AxLSTMEncoder, streams: int) -> None:
+    def __init__(self, encoder: AxLSTMEncoder, streams: int, layers: Sequence[int] | None = None) -> None:
         config, device = encoder.config, encoder.cls_token.device
         self._patches = config.patches
         self._patch_weight = encoder.patch_projection.weight.detach().clone()
@@ -46,7 +52,10 @@ class OnlineEncoder:
         self._cls_token = encoder.cls_token.detach().clone()
         self._norm_weight, self._norm_bias = encoder.norm.weight.detach().clone(), encoder.norm.bias.detach().clone()
         self._blocks = [_Block(block, config) for block in FoldedAxLSTM(encoder).blocks]
-        depth, heads, head_dim = config.depth, config.heads, config.inner_dim // config.heads
+        self._layers = layers
+        depth = config.depth if layers is None else max(layers)
+        self._blocks = self._blocks[:depth]
+        heads, head_dim = config.heads, config.inner_dim // config.heads
         zeros = partial(torch.zeros, dtype=torch.float32, device=device)
         self.state = {
             "conv": zeros(depth, streams, config.conv_kernel - 1, heads, head_dim),
@@ -66,7 +75,7 @@ class OnlineEncoder:
         self.state["stabilizer"].fill_(-torch.inf)
 
     def __call__(self, logmel: Tensor, position: int) -> Tensor:
-        """Encode columns of one segment: (B, T * frames of a patch, bands) normalized -> (B, T, rows * D).
+        """Encode columns of one segment: (B, T * frames of a patch, bands) normalized -> (B, T, layers * rows * D).
 
         Args:
             position: the first column's place in the segment; at 0 the state is reset.
@@ -81,11 +90,16 @@ class OnlineEncoder:
         if length not in self._workspaces:
             self._workspaces[length] = _Workspace(self._blocks[0], batch, length)
         x, workspace = tokens.flatten(0, 1), self._workspaces[length]  # (B S, D)
-        for block, state in zip(self._blocks, self._state_of_block):
+        outputs = {}
+        for number, (block, state) in enumerate(zip(self._blocks, self._state_of_block), start=1):
             block(x, workspace, *state)
-        x = x.view(batch, length, dim)[:, 1 if position == 0 else 0 :]
-        x = F.layer_norm(x, (dim,), self._norm_weight, self._norm_bias, FINAL_NORM_EPS)
-        return x.unflatten(1, (-1, rows)).flatten(2)
+            if self._layers is not None and number in self._layers:
+                outputs[number] = x.clone()  # blocks work in place
+        if self._layers is None:
+            outputs[0] = F.layer_norm(x, (dim,), self._norm_weight, self._norm_bias, FINAL_NORM_EPS)
+        first = 1 if position == 0 else 0  # leave out cls
+        parts = [outputs[layer].view(batch, length, dim)[:, first:] for layer in self._layers or [0]]
+        return torch.cat([part.unflatten(1, (-1, rows)).flatten(2) for part in parts], dim=2)
 
 
 class _Workspace:

@@ -6,6 +6,8 @@ P values in a patch, D channels of a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +24,8 @@ def patchify(logmel: Tensor, patches: PatchConfig) -> Tensor:
         (B, N, P), each patch's values frame by frame.
     """
     batch, frames, bands = logmel.shape
-    steps, rest = divmod(frames, patches.patch_frames)
-    if rest or bands != patches.bands:
+    steps = frames // patches.patch_frames
+    if frames % patches.patch_frames or bands != patches.bands:
         raise ValueError(
             f"expected (B, a multiple of {patches.patch_frames} frames, {patches.bands} bands), "
             f"got {tuple(logmel.shape)}"
@@ -60,11 +62,13 @@ def sincos_2d(patches: PatchConfig, dim: int) -> Tensor:
 class PatchEncoder(nn.Module):
     """Base of the encoders: log-mel patches become tokens, a cls token goes in front, blocks follow.
 
-    Subclasses set `blocks` and `norm` and implement `encode`. Pretraining calls `embed` and `encode` separately and
+    Subclasses set `blocks` and `norm` and implement `run_block`. Pretraining calls `embed` and `encode` separately and
     masks in between; inference calls the module.
     """
 
     position_table: Tensor
+    blocks: nn.ModuleList
+    norm: nn.LayerNorm
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -90,15 +94,33 @@ class PatchEncoder(nn.Module):
         cls = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         return torch.cat([cls, tokens], dim=1)
 
-    def encode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, positions: Tensor | None = None, layers: Sequence[int] | None = None) -> Tensor:
         """Run the blocks and the final norm: (B, N, D) -> (B, 1 + N, D), the cls token first.
 
         Args:
             positions: (B, N) patch index of each token, if not all patches are there in order. None: token i is
                 patch i.
+            layers: return the outputs of these blocks, counted from 1, without the final norm and with their channels
+                concatenated: (B, 1 + N, layers * D). Later blocks are not run.
         """
+        x = self.with_cls(tokens)  # (B, S, D)
+        outputs = {}
+        for number, block in enumerate(self.blocks, start=1):
+            x = self.run_block(number, block, x, positions)
+            if layers is not None and number in layers:
+                outputs[number] = x
+                if number == max(layers):
+                    return torch.cat([outputs[layer] for layer in layers], dim=2)
+        return self.norm(x)
+
+    def run_block(self, number: int, block: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
+        """Run one block: (B, S, D) -> (B, S, D)."""
         raise NotImplementedError
 
-    def forward(self, logmel: Tensor) -> Tensor:
-        """Encode normalized log-mel segments: (B, frames, bands) -> (B, N, D), without the cls token."""
-        return self.encode(self.embed(logmel))[:, 1:]
+    def forward(self, logmel: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        """Encode normalized log-mel segments: (B, frames, bands) -> (B, N, D), without the cls token.
+
+        Args:
+            layers: as for `encode`; then (B, N, layers * D).
+        """
+        return self.encode(self.embed(logmel), layers=layers)[:, 1:]

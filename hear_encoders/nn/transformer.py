@@ -177,11 +177,8 @@ class TransformerEncoder(PatchEncoder):
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
 
-    def encode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        x = self.with_cls(tokens)  # (B, S, D)
-        for block in self.blocks:
-            x = block(x, positions)
-        return self.norm(x)
+    def run_block(self, number: int, block: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
+        return block(x, positions)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
