@@ -11,7 +11,7 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user d
     nn                          the encoders: front end, patches, transformer, mLSTM, AxLSTM and its fast forms
     config                      frozen dataclasses, presets, config.json
     checkpoint, hub, released   weights: bundled, from a path, from the Hugging Face Hub, from the authors' code
-    audio, pcm                  audio files and pipes -> 16 kHz mono
+    audio, media, pcm           audio files, what only FFmpeg reads, and pipes -> 16 kHz mono
     checks                      errors for input that is not audio
     files                       atomic writes, locks, folders that belong to one run's settings
     console                     exit codes, messages, progress, argument types

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unicodedata import category
 
 from tqdm import tqdm
 
@@ -17,10 +18,32 @@ FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 
 _SECONDS_BETWEEN_LINES = 30.0
 
+# Unicode categories: control, format (such as the marks that reverse text), surrogate, line and paragraph separator.
+_ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def printable(text: str) -> str:
+    """Escape what would not stay on its line or could command a terminal: control characters, undecodable bytes.
+
+    File names may hold both. `caf\\xe9.wav` is how a name that is not UTF-8 is printed.
+    """
+    return "".join(_escape(character) if category(character) in _ESCAPED else character for character in text)
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python decodes a byte that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def print_line(text: str) -> None:
+    """Write one line to standard output."""
+    print(printable(text))
+
 
 def print_error(prog: str, message: str) -> None:
     """Write one line to standard error, above a progress bar if there is one."""
-    tqdm.write(f"{prog}: {message}", file=sys.stderr)
+    tqdm.write(printable(f"{prog}: {message}"), file=sys.stderr)
 
 
 @contextmanager

@@ -31,6 +31,9 @@ _OTHER_FORMATS = {
 # First bytes of MP3 without tags. Raw samples rarely begin with them, but may.
 _MP3_FRAMES = (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
 
+# Sample rates that are taken, in Hz. A damaged header that says 1 Hz would multiply the audio by 16000.
+SAMPLE_RATES = (1000, 768_000)
+
 _WAVE_PCM, _WAVE_FLOAT, _WAVE_EXTENSIBLE = 1, 3, 0xFFFE
 
 
@@ -62,7 +65,7 @@ class PCM:
         channels: number of channels.
 
     Raises:
-        ValueError: an unknown encoding, or a sample rate or number of channels below 1.
+        ValueError: an unknown encoding, a sample rate outside SAMPLE_RATES, or no channel.
     """
 
     encoding: str = "s16le"
@@ -72,10 +75,16 @@ class PCM:
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
             raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}; got {self.encoding!r}")
-        if self.sample_rate < 1 or self.channels < 1:
-            raise ValueError(
-                f"sample rate and channels must be at least 1, got {self.sample_rate} Hz and {self.channels}"
-            )
+        check_sample_rate(self.sample_rate)
+        if self.channels < 1:
+            raise ValueError(f"channels must be at least 1, got {self.channels}")
+
+
+def check_sample_rate(rate: int) -> None:
+    """Raise ValueError for a sample rate outside SAMPLE_RATES."""
+    low, high = SAMPLE_RATES
+    if not low <= rate <= high:
+        raise ValueError(f"expected a sample rate from {low} to {high} Hz, got {rate}")
 
 
 def read_pipe(pipe: BinaryIO, raw: PCM) -> Iterator[np.ndarray]:

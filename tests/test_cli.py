@@ -424,6 +424,89 @@ def test_file_given_by_name_may_have_any_extension(embed, recordings, workplace)
     assert list(read_scenes(workplace / "out", workplace)) == ["recording.bin"]
 
 
+@pytest.fixture
+def mixed(recordings, workplace) -> Path:
+    """A folder with RECORDINGS, two m4a files, a .webm that is none, a .raw file and text."""
+    av = pytest.importorskip("av")
+    shutil.copytree(recordings, "mixed")
+    for name in ("b.m4a", "nested/B.M4A"):
+        with av.open(str(Path("mixed", name)), "w", format="mp4") as container:
+            stream = container.add_stream("aac", rate=16_000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(np.float32(tone(16_000, 0.512, 1, 5)).T.copy(), "fltp", "mono")
+            frame.sample_rate = 16_000
+            for part in [*av.AudioResampler("fltp", "mono", 16_000, frame_size=1024).resample(frame), None]:
+                container.mux(stream.encode(part))
+    Path("mixed/c.webm").write_bytes(b"not a video" * 100)
+    Path("mixed/d.raw").write_bytes(bytes(32_000))
+    return Path("mixed")
+
+
+def test_media_that_libsndfile_does_not_read_are_embedded_with_pyav(embed, mixed, expected) -> None:
+    outcome = embed(mixed, "-o", "out.npz")
+    assert (outcome.code, outcome.out) == (1, "out.npz: 7 of 9 files embedded\n")
+    failed, left_out = outcome.err.splitlines()
+    assert failed.startswith("hear-embed: failed: mixed/c.webm: not readable")
+    assert left_out.startswith("hear-embed: 1 file left out (1 .raw): they have no header")
+    scenes = read_scenes(Path("out.npz"), mixed)
+    assert sorted(scenes) == sorted([*RECORDINGS, "b.m4a", "nested/B.M4A"])
+    assert_close(scenes["b.m4a"], expected(mixed / "b.m4a"))
+
+
+def test_left_out_media_are_counted_and_fail_the_run(embed, mixed, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    for output, start in [("out.npz", "5 of 9 files embedded"), ("out", "5 of 9"), ("out", "nothing new, all 5 files")]:
+        outcome = embed(mixed, "-o", output)
+        assert outcome.code == 1
+        assert outcome.out.startswith(f"{output}: {start}")
+        (line, _) = outcome.err.splitlines()
+        assert line == (
+            "hear-embed: 3 files left out (2 .m4a, 1 .webm): reading them needs PyAV: pip install 'hear-audiomaepp[av]'"
+        )
+    outcome = embed(mixed / "*.m4a", "-o", "out.npz")
+    assert outcome.code == 2
+    assert "no audio files in mixed/*.m4a; 1 file left out (1 .m4a): reading them needs PyAV" in outcome.err
+    outcome = embed(mixed / "b.m4a", mixed / "a.wav", "-o", "out.npz")  # given by name
+    assert (outcome.code, outcome.out) == (1, "out.npz: 1 of 2 files embedded\n")
+    assert "mixed/b.m4a: needs PyAV: pip install" in outcome.err
+
+
+def test_excluded_files_are_neither_embedded_nor_counted(embed, mixed, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    excluded = ["--exclude", "*.[mM]4[aA]", "--exclude", "c.*", "--exclude", "*.raw"]
+    outcome = embed(mixed, "-o", "out.npz", *excluded)
+    assert (outcome.code, outcome.out, outcome.err) == (0, "out.npz: 4 of 4 files embedded\n", "")
+    assert sorted(read_scenes(Path("out.npz"), mixed)) == [name for name in RECORDINGS if not name.endswith("c.ogg")]
+    for pattern in ("nested", "nested/", "nested/*"):
+        assert embed(mixed, "-o", "out.npz", *excluded, "--exclude", pattern).code == 0
+        assert sorted(read_scenes(Path("out.npz"), mixed)) == ["a.flac", "a.wav"]
+    assert embed(mixed, "-o", "out.npz", "--exclude", "n*d/*/*").code == 1
+    assert "nested/deeper/c.ogg" not in read_scenes(Path("out.npz"), mixed)
+    outcome = embed(mixed, "-o", "none.npz", "--exclude", "*")
+    assert (outcome.code, outcome.err) == (2, "hear-embed: error: no audio files left: all 5 are excluded\n")
+
+
+def test_list_shows_what_would_be_embedded(embed, mixed, monkeypatch) -> None:
+    write_bad(mixed / "junk.wav")
+    outcome = embed(mixed, "--list")
+    assert outcome.code == 1
+    lines = outcome.out.splitlines()
+    assert "      2.70 s  mixed/a.flac" in lines and any(line.endswith(" s  mixed/b.m4a") for line in lines)
+    assert "         -    mixed/junk.wav: not readable as audio (Format not recognised.)" in lines
+    assert "         -    mixed/d.raw: left out" in lines
+    assert len(lines) == 11
+    seconds = float(lines[-1].split()[0])
+    assert seconds == pytest.approx(1 + 2.7 + 0.5 + 4.3 + 0.3 + 2 * 0.512, abs=0.2)
+    assert lines[-1].endswith("s  in 7 files (0.00 hours)")
+    assert outcome.err == (
+        "hear-embed: 1 file left out (1 .raw): they have no header that states their sample rate: convert them to WAV\n"
+        "hear-embed: 2 files cannot be read\n"
+    )
+    outcome = embed(mixed, "--list", "--exclude", "*.raw", "--exclude", "junk*", "--exclude", "*.webm")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert embed("nothere", "--list").code == 2
+    assert files_in(Path()) == files_in(mixed.parent)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Batches
 

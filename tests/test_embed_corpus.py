@@ -204,8 +204,8 @@ def test_file_deleted_after_planning_is_a_failure(weights, tmp_path, monkeypatch
         soundfile.write(tmp_path / f"{name}.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
     find = embed_corpus.find_audio
 
-    def find_and_delete(inputs):
-        found = find(inputs)
+    def find_and_delete(inputs, exclude):
+        found = find(inputs, exclude)
         (tmp_path / "a.wav").unlink()
         return found
 

@@ -98,7 +98,11 @@ def test_empty_input_gives_no_samples():
         (b"RIFF\0\0\0\0WAVEdata\0\0\0\0", "no 'fmt '"),
         (b"RIFF\0\0\0\0WAVEfmt \x02\0\0\0\1\0", "at least 16 bytes, got 2"),
         (b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + struct.pack("<HHIIHH", 2, 1, 16000, 0, 0, 4), "got format 2 with 4 bits"),
-        (b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + struct.pack("<HHIIHH", 1, 0, 16000, 0, 0, 16), "16000 Hz and 0"),
+        (b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + struct.pack("<HHIIHH", 1, 1, 1, 0, 0, 16), "to 768000 Hz, got 1"),
+        (
+            b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + struct.pack("<HHIIHH", 1, 0, 16000, 0, 0, 16),
+            "channels must be at least",
+        ),
     ],
 )
 def test_damaged_header_is_named(data, message):
@@ -115,5 +119,5 @@ def test_input_that_begins_like_mp3_is_read_as_samples_with_a_warning(head):
 def test_impossible_formats_are_refused():
     with pytest.raises(ValueError, match=r"encoding must be one of .*; got 'mp3'"):
         PCM("mp3")
-    with pytest.raises(ValueError, match="sample rate and channels must be at least 1, got 0 Hz"):
+    with pytest.raises(ValueError, match="expected a sample rate from 1000 to 768000 Hz, got 0"):
         PCM(sample_rate=0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
 
 from hear_encoders import __version__
-from hear_encoders.audio import AudioFile, find_audio
+from hear_encoders.audio import AudioFile, Search, probe_s, search_audio, summarize
 from hear_encoders.cli.corpus import embed_files
 from hear_encoders.cli.options import MODELS, add_embedding_arguments, embedding_settings, load_embedder
 from hear_encoders.cli.outputs import Output, open_output, output_kind
@@ -23,6 +24,7 @@ from hear_encoders.console import (
     output_path,
     positive,
     print_error,
+    print_line,
     warnings_as_messages,
 )
 from hear_encoders.embedder import Embedder
@@ -36,6 +38,7 @@ examples:
   hear-embed recordings/ -o embeddings.npz
   hear-embed 'calls/**/*.mp3' -o steps.parquet --timestamps --model hear_axlstm
   hear-embed a.wav b.flac -o embeddings/ --weights org/name --device cuda
+  hear-embed recordings/ --list --exclude '*.mp4'
   arecord -f S16_LE -r 16000 | hear-embed --stream - > steps.jsonl
 
 Writes one scene embedding per file, or with --timestamps one embedding per 40 ms. If OUT is a folder, files that it
@@ -46,7 +49,7 @@ standard output as one line of JSON: {"timestamp_ms": ..., "embedding": [...]}.
 
 exit status:
   0    all files were embedded
-  1    some files failed, the rest were embedded; or the output could not be written
+  1    some files failed or were left out, the rest were embedded; or the output could not be written
   2    bad usage: nothing was embedded
   130  interrupted
 """
@@ -56,20 +59,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `hear-embed` and return its exit code."""
     options = _parse(arguments)
     with warnings_as_messages(options.prog):
-        return _embed_stream(options) if options.stream else _embed_files(options)
+        if options.stream:
+            return _embed_stream(options)
+        return _list_files(options) if options.list else _embed_files(options)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "hear-embed",
-        description="Embed audio files of any format that libsndfile reads, at any sample rate, with any number of "
-        "channels.",
+        description="Embed audio files, at any sample rate, with any number of channels: all formats that libsndfile "
+        "reads, and with the extra `av` m4a, mp4, webm and all others that FFmpeg reads.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(prog=parser.prog)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("-o", "--output", type=output_path, metavar="OUT", help=".npz file, .parquet file or folder")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="embed nothing: list the files that INPUT selects, with durations, and those left out, with reasons",
+    )
     parser.add_argument("--model", choices=MODELS, help=f"default: {MODELS[0]}, or {STREAMING_MODEL} with --stream")
     add_embedding_arguments(parser)
     live = parser.add_argument_group("streaming")
@@ -92,10 +102,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
 
     options.model = options.model or (STREAMING_MODEL if options.stream else MODELS[0])
-    file_options = (options.output, options.timestamps, options.compile, options.pooling != "mean")
+    file_options = (
+        *(options.output, options.timestamps, options.compile, options.pooling is not None),
+        *(options.list, options.exclude),
+    )
     if options.stream and (options.inputs != ["-"] or any(file_options)):
-        parser.error("--stream takes - as its only input, and no --output, --timestamps, --pooling or --compile")
-    if not options.stream and not options.output:
+        parser.error(
+            "--stream takes - as its only input, and no --output, --timestamps, --pooling, --compile, --list or "
+            "--exclude"
+        )
+    if not (options.stream or options.list or options.output):
         parser.error("the following arguments are required: -o/--output")
     stream_options = (options.warm_up, options.encoding, options.sample_rate, options.channels)
     if not options.stream and any(value is not None for value in stream_options):
@@ -103,25 +119,65 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _list_files(options: argparse.Namespace) -> int:
+    """List the files with their durations, and those that cannot be embedded, and return the exit code."""
+    try:
+        search = search_audio(options.inputs, options.exclude)
+    except (OSError, ValueError) as error:
+        print_error(options.prog, f"error: {error}")
+        return BAD_USAGE
+    total_s, unreadable = 0.0, 0
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for file, duration in zip(search.files, pool.map(_probe, search.files)):
+                if isinstance(duration, str):
+                    unreadable += 1
+                    print_line(f"{'-':>10}    {duration}")
+                else:
+                    total_s += duration
+                    print_line(f"{duration:>10.2f} s  {file.path}")
+        for other in search.left_out:
+            print_line(f"{'-':>10}    {other.path}: left out")
+        readable = len(search.files) - unreadable
+        print_line(f"{total_s:>10.2f} s  in {readable} files ({total_s / 3600:.2f} hours)")
+        sys.stdout.flush()  # here, where a broken pipe is caught
+    except BrokenPipeError:
+        discard_stdout()
+        return FAILED
+    for line in summarize(search.left_out):
+        print_error(options.prog, line)
+    if unreadable:
+        print_error(options.prog, f"{unreadable} files cannot be read")
+    return FAILED if unreadable or search.left_out else 0
+
+
+def _probe(file: AudioFile) -> float | str:
+    """Return a file's duration in seconds, or the reason why it cannot be read."""
+    try:
+        return probe_s(file.path)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
 def _embed_files(options: argparse.Namespace) -> int:
     """Embed files and return the exit code."""
     try:
         kind = output_kind(options.output)
-        root, files = find_audio(options.inputs)
+        search = search_audio(options.inputs, options.exclude)
         embedder = load_embedder(options)
-        settings = embedding_settings(embedder, options.model, root) if kind == "folder" else {}
+        settings = embedding_settings(embedder, options.model, search.root) if kind == "folder" else {}
         output = open_output(options.output, options.timestamps, settings)
-        missing = [file for file in files if not output.has(file.name)]
+        missing = [file for file in search.files if not output.has(file.name)]
     except (OSError, ValueError) as error:
         print_error(options.prog, f"error: {error}")
         return BAD_USAGE
-    return _embed_missing(embedder, missing, len(files), output, options)
+    return _embed_missing(embedder, missing, search, output, options)
 
 
 def _embed_missing(
-    embedder: Embedder, missing: list[AudioFile], total: int, output: Output, options: argparse.Namespace
+    embedder: Embedder, missing: list[AudioFile], search: Search, output: Output, options: argparse.Namespace
 ) -> int:
-    """Embed the files, out of `total`, that the output lacks, and return the exit code."""
+    """Embed the files, out of those found, that the output lacks, and return the exit code."""
     try:
         with tqdm(total=len(missing), unit="file", disable=None) as bar:  # None: only on a terminal
             failures = embed_files(
@@ -149,15 +205,17 @@ def _embed_missing(
     except BaseException:
         output.abort()
         raise
-    skipped = total - len(missing)
+    skipped, total = len(search.files) - len(missing), len(search.files) + len(search.left_out)
+    already_there = f", {skipped} already there" if skipped else ""
     if missing:
-        already_there = f", {skipped} already there" if skipped else ""
-        print(f"{options.output}: {done} of {total} files embedded{already_there}")
+        print_line(f"{options.output}: {done} of {total} files embedded{already_there}")
     else:
-        print(f"{options.output}: nothing new, all {total} files already there")
+        print_line(f"{options.output}: nothing new, all {skipped} files already there")
     for failure in failures:
         print_error(options.prog, f"failed: {failure.reason}")
-    return FAILED if failures else 0
+    for line in summarize(search.left_out):
+        print_error(options.prog, line)
+    return FAILED if failures or search.left_out else 0
 
 
 def _embed_stream(options: argparse.Namespace) -> int:

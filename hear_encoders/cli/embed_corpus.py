@@ -143,7 +143,7 @@ def _make_plan(options: argparse.Namespace, embedder: Embedder) -> list[int]:
     output, parts, known = options.output, 0, set()
     if output_kind(output) != "folder":
         raise ValueError(f"{output}: expected a folder")
-    root, files = find_audio(options.inputs)
+    root, files = find_audio(options.inputs, options.exclude)
     if (output / PLAN_FILE).exists():
         _check_settings(options, embedder, root)
         parts = _read_plan(output)["parts"]

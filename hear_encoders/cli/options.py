@@ -12,10 +12,10 @@ import torch
 
 from hear_encoders import checkpoint
 from hear_encoders.console import positive
-from hear_encoders.embedder import DEFAULT_MAX_SEGMENTS, Embedder
-from hear_encoders.execution import Precision, resolve_precision
+from hear_encoders.embedder import Embedder
+from hear_encoders.execution import Precision, resolve_device, resolve_precision
 from hear_encoders.framing import FRAMINGS
-from hear_encoders.hear import HearModule
+from hear_encoders.hear import EMBEDDINGS, HearModule
 from hear_encoders.pooling import POOLINGS
 
 MODELS = ("hear_audiomaepp", "hear_axlstm")
@@ -24,6 +24,13 @@ MODELS = ("hear_audiomaepp", "hear_axlstm")
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the inputs and all options that embedding commands share, except --output and --model."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder (recursive) or glob pattern")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out files whose name, or a folder's on the way, matches, such as '*.mp4'; can be repeated",
+    )
     parser.add_argument("--weights", default="", help="directory, .safetensors file or Hub org/name; default: bundled")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument(
@@ -35,7 +42,7 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="time steps: exact, or as in the papers' released code; default: %(default)s",
     )
-    parser.add_argument("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
+    parser.add_argument("--device", help="such as cpu, cuda, cuda:1 or auto; default: cuda if available, else cpu")
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
@@ -43,10 +50,21 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         help="of matrix products; auto is half precision on CUDA, else float32; default: %(default)s",
     )
     parser.add_argument(
+        "--embedding",
+        choices=tuple(EMBEDDINGS),
+        default="paper",
+        help="the papers' embedding, or the layer and pooling that are best for other tasks; default: %(default)s",
+    )
+    parser.add_argument(
+        "--layer",
+        type=layers,
+        metavar="N[,N...]",
+        help="embed with the output of this block, from 1; several are concatenated; default: as --embedding",
+    )
+    parser.add_argument(
         "--pooling",
         choices=tuple(POOLINGS),
-        default="mean",
-        help="scene embedding: the mean of the time steps, or mean and standard deviation; default: %(default)s",
+        help="scene embedding: the mean of the time steps, or mean and standard deviation; default: as --embedding",
     )
     parser.add_argument(
         "--compile",
@@ -76,6 +94,11 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def layers(text: str) -> list[int]:
+    """Parse numbers of blocks, separated by commas."""
+    return [int(number) for number in text.split(",")]
+
+
 def hear_module(name: str) -> HearModule:
     """Import a HEAR module, one of MODELS."""
     return importlib.import_module(name).MODULE
@@ -83,23 +106,26 @@ def hear_module(name: str) -> HearModule:
 
 def load_embedder(options: argparse.Namespace) -> Embedder:
     """Load the model selected by `add_embedding_arguments` and --model, on its device."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = resolve_device(name)
+    except ValueError as error:
+        raise ValueError(f"--device {name}: {error}") from error
     # On a CPU few segments at a time are faster: they stay in the cache. A GPU takes the whole batch.
-    segments = max(1, int(options.batch_seconds / 2)) if device.startswith("cuda") else DEFAULT_MAX_SEGMENTS
-    embedder = hear_module(options.model).load_model(
+    segments = max(1, int(options.batch_seconds / 2)) if device.type != "cpu" else None
+    return hear_module(options.model).load_model(
         options.weights,
         revision=options.revision,
         framing=options.framing,
         precision=options.precision,
         max_segments=segments,
         statistics=options.statistics,
+        embedding=options.embedding,
+        layer=options.layer,
         pooling=options.pooling,
+        device=device,
         compile=options.compile,
     )
-    try:
-        return embedder.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
-        raise ValueError(f"--device {device}: {error}") from error
 
 
 def embedding_settings(embedder: Embedder, model: str, root: Path) -> dict[str, Any]:
@@ -110,7 +136,8 @@ def embedding_settings(embedder: Embedder, model: str, root: Path) -> dict[str, 
         "weights": checkpoint.fingerprint(embedder.encoder),
         "framing": embedder.framing,
         "statistics": embedder.statistics and list(embedder.statistics),
-        # Left out at its default, as in the records of versions before this option.
+        # Left out at their defaults, as in the records of versions before these options.
+        **({} if embedder.layers is None else {"layer": list(embedder.layers)}),
         **({} if embedder.pooling == "mean" else {"pooling": embedder.pooling}),
         "precision": str(resolve_precision(embedder.precision, embedder.device)).removeprefix("torch."),
     }

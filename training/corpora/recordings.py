@@ -12,18 +12,15 @@ import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import soundfile
 import soxr
 
+from hear_encoders import media
 from hear_encoders.audio import load_audio
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from training.corpora.archive import locate
-
-# Extensions of formats that libsndfile does not read: FFmpeg's name of the format.
-_AV_FORMATS = {".g722": "g722", ".mkv": "matroska", ".wv": "wv"}
 
 _SOUND_FONT_SAMPLE = re.compile(r"extracted/(?P<font>[^/]+)/(?P<number>\d+)_k\d+_(?P<name>[^/]*)\.flac")
 _WAD_LUMP = re.compile(r"(?P<wad>.+\.wad)\.d/(?P<lump>[^/]{1,8})\.wav")
@@ -38,17 +35,20 @@ def check_decoders(recordings: Iterable[str]) -> None:
     """Check that the recordings can be decoded, before anything is fetched.
 
     Raises:
-        ImportError: PyAV is not installed, and a recording is G.722, Matroska or WavPack.
+        ImportError: PyAV is not installed, and a recording needs it: G.722, Matroska, WavPack, ...
     """
-    needing = [recording for recording in recordings if Path(recording).suffix.lower() in _AV_FORMATS]
+    needing = [recording for recording in recordings if media.is_media(recording)]
     if needing:
-        _import_av(needing[0])
+        try:
+            media.import_av()
+        except ImportError as error:
+            raise ImportError(f"{needing[0]}: {error}") from error
 
 
 def is_plain_file(path: str) -> bool:
     """Return True if a path in a package is, judging by its name, an audio file that libsndfile reads."""
     inside = _SOUND_FONT_SAMPLE.fullmatch(path) or _WAD_LUMP.fullmatch(path)
-    return not inside and Path(path).suffix.lower() not in _AV_FORMATS
+    return not inside and not media.is_media(path)
 
 
 def read_recording(recording: str, cache: Path) -> np.ndarray:
@@ -59,8 +59,7 @@ def read_recording(recording: str, cache: Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: no such file. The lists are for Debian 12; another release may have moved it.
-        ValueError: not decodable.
-        ImportError: PyAV is not installed, and the recording is G.722, Matroska or WavPack.
+        ValueError: not decodable, or not without PyAV.
     """
     package, path = recording.split("/", 1)
     folder = cache / package
@@ -72,8 +71,6 @@ def read_recording(recording: str, cache: Path) -> np.ndarray:
     if match := _WAD_LUMP.fullmatch(path):
         return _resample(*wad_sound(locate(folder, match["wad"]).read_bytes(), match["lump"]))
     file = locate(folder, path)
-    if file.suffix.lower() in _AV_FORMATS:
-        return _resample(*_decode_with_av(file))
     try:
         return load_audio(file).numpy()
     except ValueError:
@@ -149,31 +146,6 @@ def wad_sound(data: bytes, lump: str) -> tuple[np.ndarray, int]:
             values = np.frombuffer(data, np.uint8, samples - 32, place + 8 + 16)
             return (values.astype(np.float32) - 128) / 128, rate
     raise FileNotFoundError(f"the WAD has no lump {lump}")
-
-
-def _decode_with_av(path: Path) -> tuple[np.ndarray, int]:
-    av = _import_av(str(path))
-    blocks = []
-    try:
-        with av.open(str(path), format=_AV_FORMATS[path.suffix.lower()]) as container:
-            stream = container.streams.audio[0]
-            to_float = av.AudioResampler(format="fltp")
-            for frame in container.decode(stream):
-                blocks += [part.to_ndarray() for part in to_float.resample(frame)]  # (channels, samples)
-            rate = stream.codec_context.sample_rate
-    except av.FFmpegError as error:
-        raise ValueError(f"{path}: not readable as audio ({error})") from error
-    if not blocks:
-        raise ValueError(f"{path}: no samples")
-    return np.concatenate(blocks, axis=1).mean(axis=0), rate
-
-
-def _import_av(recording: str) -> ModuleType:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(f'decoding {recording} needs PyAV: pip install ".[train]"') from error
-    return av
 
 
 def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
