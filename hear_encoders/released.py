@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from hear_encoders.config import (
     TransformerFamily,
 )
 from hear_encoders.nn.patches import sincos_2d
+from hear_encoders.papers import Decoder
 
 Family = TransformerFamily | Literal["axlstm"]
 
@@ -62,9 +63,32 @@ _PRETRAINING_ONLY = re.compile(r"^(?:decoder\.|pred\.|mask_token$)")
 _NEVER_USED = re.compile(r"^encoder\.blocks\.\d+\.norm3\.")  # the released code applies norm2 before SwiGLU
 
 
+class ReleasedCheckpoint(NamedTuple):
+    """A checkpoint of the released code: the encoder, its tensors under this package's names, and its decoder.
+
+    `decoder` is None for AxLSTM and SSAST, which have none, and for a checkpoint without decoder.
+    """
+
+    config: EncoderConfig
+    tensors: dict[str, Tensor]
+    decoder: Decoder | None
+
+
 def import_checkpoint(
-    path: str | Path, heads: int | None = None, *, flip: bool = True, input_gate: InputGate = "exponential"
+    path: str | Path, heads: int | None = None, *, flip: bool | None = None, input_gate: InputGate = "exponential"
 ) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    """Read the encoder of a checkpoint of either paper's released code; see `read_released_checkpoint`.
+
+    Returns:
+        The encoder's config, and its tensors under this package's names.
+    """
+    config, tensors, _ = read_released_checkpoint(path, heads, flip=flip, input_gate=input_gate)
+    return config, tensors
+
+
+def read_released_checkpoint(
+    path: str | Path, heads: int | None = None, *, flip: bool | None = None, input_gate: InputGate = "exponential"
+) -> ReleasedCheckpoint:
     """Read a checkpoint of either paper's released code, without executing anything in its pickle.
 
     Family, dims, depth, expansion, patch size and RoPE are inferred from the tensors; the arguments cannot be.
@@ -73,15 +97,14 @@ def import_checkpoint(
         path: the `.pth` file.
         heads: number of attention heads. Required for MAE, SSAST and AudioMAE++ without RoPE. Ignored for AxLSTM,
             whose number of heads follows from its gates (the released configs carry an unused number).
-        flip: an AxLSTM was trained with the token sequence reversed before and after every second block.
+        flip: an AxLSTM was trained with the token sequence reversed before and after every second block. Required for
+            AxLSTM. The released code has flip; the papers' tables have AxLSTMs with and without.
         input_gate: the input gate that an AxLSTM was trained with.
-
-    Returns:
-        The encoder's config, and its tensors under this package's names.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a released checkpoint, a tensor is missing or unknown, or `heads` is missing or does not fit.
+        ValueError: not a released checkpoint, a tensor is missing or unknown, `heads` is missing or does not fit, or
+            `flip` is missing.
     """
     state = read_released_tensors(Path(path))
     family = next((family for name, family in _FAMILY_OF_TENSOR.items() if name in state), None)
@@ -105,7 +128,10 @@ def import_checkpoint(
         raise ValueError(f"{path}: a tensor has too few dimensions") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return config, tensors
+    decoder = None
+    if (embed := state.get("decoder.decoder_embed.weight")) is not None:
+        decoder = Decoder(dim=len(embed), rope="decoder.decoder_blocks.0.rope.freqs" in state)
+    return ReleasedCheckpoint(config, tensors, decoder)
 
 
 class _Inert:
@@ -141,7 +167,12 @@ def read_released_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_config(
-    family: Family, state: dict[str, Tensor], positions: Tensor, heads: int | None, flip: bool, input_gate: InputGate
+    family: Family,
+    state: dict[str, Tensor],
+    positions: Tensor,
+    heads: int | None,
+    flip: bool | None,
+    input_gate: InputGate,
 ) -> EncoderConfig:
     """Infer the config from tensors. Raise KeyError for a missing tensor, ValueError for any other problem."""
     dim, _, patch_frames, patch_bands = state["patch_embed.proj.weight"].shape
@@ -158,6 +189,11 @@ def _read_config(
     if positions.shape[1:] != table.shape or not torch.allclose(positions[0], table, atol=1e-4):
         raise ValueError("pos_embed is not the fixed sin-cos table of the papers; learned positions are not supported")
     if family == "axlstm":
+        if flip is None:
+            raise ValueError(
+                "its tensors do not show whether this AxLSTM was trained with flip: give flip=True, as in the "
+                "released code, or flip=False (--flip, --no-flip)"
+            )
         up = state["blocks.0.layer.proj_up.weight"]
         return AxLSTMConfig(
             family="axlstm",

@@ -166,7 +166,7 @@ LAYERS = [
     ["hear_encoders.clips"],
     ["hear_encoders.framing", "hear_encoders.pooling", "hear_encoders.execution", "hear_encoders.checks"],
     ["hear_encoders.checkpoint", "hear_encoders.released", "hear_encoders.audio"],
-    ["hear_encoders.hub", "hear_encoders.pcm", "hear_encoders.media", "hear_encoders.frontend"],
+    ["hear_encoders.hub", "hear_encoders.pcm", "hear_encoders.media", "hear_encoders.frontend", "hear_encoders.papers"],
     ["hear_encoders.nn.build", "hear_encoders.nn.axlstm_offline", "hear_encoders.nn.axlstm_online"],
     ["hear_encoders.nn.axlstm_folded"],
     ["hear_encoders.nn.axlstm", "hear_encoders.nn.transformer"],

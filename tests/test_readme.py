@@ -69,8 +69,9 @@ def test_reference_framing_is_chosen_as_printed(run_python):
     assert run_python("docs/framing.md", 1)["model"].framing == "reference"
 
 
-def test_fine_tuning_changes_the_embeddings_and_is_saved(run_python):
-    namespace = run_python("docs/weights.md", 1)
+def test_a_wrong_flip_and_fine_tuning_change_the_embeddings_as_printed(run_python):
+    namespace = run_python("docs/weights.md", 2)
+    assert namespace["changes"] == pytest.approx([0.27, 0.14, 0.22, 0.22], abs=0.011)
     model, audio = namespace["model"], namespace["audio"]
     assert namespace["scenes"].shape == (1, 960)
     assert not torch.allclose(model.scene_embeddings(audio), namespace["scenes"].detach(), atol=1e-3)

@@ -14,15 +14,19 @@ import hear_audiomaepp
 import hear_axlstm
 from hear_encoders import PatchConfig, load_checkpoint
 from hear_encoders.cli.weights import main as weights_main
+from hear_encoders.config import preset
 from hear_encoders.framing import ReferenceFraming
-from hear_encoders.released import import_checkpoint
+from hear_encoders.nn.patches import sincos_2d
+from hear_encoders.papers import Decoder, find_rows
+from hear_encoders.released import import_checkpoint, read_released_checkpoint
 
 CHECKPOINTS = ["audiomaepp", "audiomaepp_rope", "mae", "axlstm_e2_flip", "axlstm_e3_flip", "axlstm_e3_noflip", "ssast"]
 LENGTHS = (17120, 32000, 68801)
 
 
 def import_arguments(name, config):
-    return ["--heads", str(config["num_heads"])] + (["--no-flip"] if config.get("flip") is False else [])
+    flip = {True: ["--flip"], False: ["--no-flip"], None: []}[config.get("flip")]
+    return ["--heads", str(config["num_heads"]), *flip]
 
 
 @pytest.fixture(params=CHECKPOINTS)
@@ -104,7 +108,80 @@ def test_heads_are_required_for_attention_without_rope_and_checked_with_it():
     with pytest.raises(ValueError, match="RoPE frequencies belong to 3 heads, got 4"):
         import_checkpoint(GOLDEN / "audiomaepp_rope.pth", heads=4)
     assert import_checkpoint(GOLDEN / "audiomaepp_rope.pth")[0].heads == 3
-    assert import_checkpoint(GOLDEN / "axlstm_e3_flip.pth")[0].heads == 4
+    assert import_checkpoint(GOLDEN / "axlstm_e3_flip.pth", flip=True)[0].heads == 4
+
+
+def test_flip_is_required_for_an_axlstm():
+    with pytest.raises(
+        ValueError, match=r"e3_flip\.pth: .* whether this AxLSTM was trained with flip.*--flip, --no-flip"
+    ):
+        import_checkpoint(GOLDEN / "axlstm_e3_flip.pth")
+    for flip in (True, False):
+        assert import_checkpoint(GOLDEN / "axlstm_e3_flip.pth", flip=flip)[0].flip == flip
+
+
+def tiny_checkpoint(name, tmp_path):
+    """Write the papers' Tiny model of a golden checkpoint's kind, in the released format, with zeros for weights."""
+    golden = torch.load(GOLDEN / f"{name}.pth", weights_only=False)["model"]
+    tensors = {}
+    for key, tensor in golden.items():
+        # 48 channels become 192; only sizes that grow with them are multiples of 12. 2 blocks become 12.
+        zeros = torch.zeros([4 * size if size % 12 == 0 else size for size in tensor.shape])
+        copies = range(1, 12) if "blocks.1." in key and "decoder" not in key else [1]
+        tensors |= {key.replace("blocks.1.", f"blocks.{block}."): zeros for block in copies}
+        if key.endswith("pos_embed") and "decoder" not in key:
+            tensors[key] = torch.nn.functional.pad(sincos_2d(PatchConfig(), 192), (0, 0, 1, 0))[None]
+        if key == "decoder.decoder_embed.weight":
+            tensors[key] = torch.zeros(384, 192)
+    path = tmp_path / "tiny.pth"
+    torch.save({"model": tensors}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "rows"),
+    [
+        ("mae", ["--heads", "3"], ["MAE-Tiny: AudioMAE++ paper, Table 2"]),
+        (
+            "axlstm_e2_flip",
+            ["--flip"],
+            [
+                "AxLSTM-T, expansion 2: AxLSTM paper, Table 3, row 2",
+                "AxLSTM-T, 250 patches: AxLSTM paper, Table 4, row 4",
+                "AxLSTM-T, expansion 2, exponential gate, flip: AxLSTM paper, Table 5, row 1",
+            ],
+        ),
+        (
+            "axlstm_e3_noflip",
+            ["--no-flip"],
+            [
+                "AxLSTM-T: AxLSTM paper, Table 2",
+                "AxLSTM-T, expansion 3, exponential gate, no flip: AxLSTM paper, Table 5, row 5",
+            ],
+        ),
+        (
+            "axlstm_e3_noflip",
+            ["--no-flip", "--input-gate", "sigmoid"],
+            ["AxLSTM-T, expansion 3, sigmoid gate, no flip: AxLSTM paper, Table 5, row 6"],
+        ),
+        ("axlstm_e3_noflip", ["--flip", "--input-gate", "sigmoid"], ["none of the papers' tables has this encoder"]),
+    ],
+)
+def test_import_prints_the_papers_rows(name, words, rows, tmp_path, capsys):
+    path = tiny_checkpoint(name, tmp_path)
+    assert weights_main(["import", str(path), str(tmp_path / "out"), *words]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("published as")]
+    assert printed == [f"published as      {row}" for row in rows]
+
+
+def test_a_decoder_tells_rows_with_the_same_encoder_apart():
+    assert read_released_checkpoint(GOLDEN / "audiomaepp.pth", 3).decoder == Decoder(dim=32, rope=False)
+    assert read_released_checkpoint(GOLDEN / "audiomaepp_rope.pth").decoder == Decoder(dim=32, rope=True)
+    assert read_released_checkpoint(GOLDEN / "ssast.pth", 3).decoder is None
+    base, large = preset("audiomaepp_base"), preset("audiomaepp_large")
+    assert find_rows(base, Decoder(rope=True)) == ["AudioMAE++-Base, RoPE in decoder: AudioMAE++ paper, Table 3, row 2"]
+    assert find_rows(large, Decoder(dim=768)) == ["AudioMAE++-Large, decoder 768: AudioMAE++ paper, Table 4, row 3"]
+    assert len(find_rows(base)) == 3 and len(find_rows(large)) == 4
 
 
 def test_the_input_gate_of_an_axlstm_can_be_given(tmp_path):

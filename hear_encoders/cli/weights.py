@@ -11,15 +11,17 @@ from typing import get_args
 
 from hear_encoders import __version__, checkpoint, hub
 from hear_encoders.cli.options import MODELS, hear_module
-from hear_encoders.config import AxLSTMConfig, InputGate, config_to_dict
+from hear_encoders.config import InputGate, config_to_dict
 from hear_encoders.console import BAD_USAGE, FAILED, discard_stdout, non_empty_text, positive, print_error
-from hear_encoders.released import import_checkpoint
+from hear_encoders.papers import find_rows
+from hear_encoders.released import read_released_checkpoint
 
 _EPILOG = """\
 examples:
   hear-weights show hear_axlstm
   hear-weights show weights/
   hear-weights import mae_base.pth mae-base/ --heads 12
+  hear-weights import axlstm_tiny.pth axlstm-tiny/ --flip
   hear-weights push weights/ org/name --card MODEL_CARD.md
 
 `hear-weights COMMAND --help` describes a command's options.
@@ -48,14 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert = commands.add_parser(
         "import",
         help="convert a .pth file of the papers' released code, without executing its pickle",
-        epilog="example: hear-weights import axlstm_tiny.pth axlstm-tiny/ --no-flip",
+        epilog="example: hear-weights import axlstm_tiny.pth axlstm-tiny/ --flip",
     )
     convert.add_argument("checkpoint", metavar="CHECKPOINT.pth", type=Path)
     convert.add_argument("output", metavar="OUT_DIR", type=Path, help="new or empty directory")
     convert.add_argument(
         "--heads", type=positive(int), metavar="N", help="attention heads (Tiny 3, Small 6, Base 12, Large 16)"
     )
-    convert.add_argument("--no-flip", action="store_true", help="the AxLSTM was trained without flipping")
+    convert.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="an AxLSTM was trained with or without flipping; required for it. The released code flips",
+    )
     convert.add_argument(
         "--input-gate", choices=get_args(InputGate), default="exponential", help="of an AxLSTM; default: %(default)s"
     )
@@ -80,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "show":
             _show(_find_weights(options.source, options.revision))
         elif options.command == "import":
-            _import(options, parser.prog)
+            _import(options)
         else:
             words = sys.argv[1:] if arguments is None else arguments
             _push(options, shlex.join([parser.prog, "push", "--yes", *words[1:]]))
@@ -116,20 +122,18 @@ def _show(weights: Path) -> None:
         print(f"{name:<16}  {value}")
 
 
-def _import(options: argparse.Namespace, prog: str) -> None:
-    """Convert a released checkpoint and show the result."""
+def _import(options: argparse.Namespace) -> None:
+    """Convert a released checkpoint; show the result and the papers' rows that it can stand for."""
     if options.output.is_dir() and any(options.output.iterdir()):
         raise ValueError(f"{options.output} is not empty: choose another directory")
-    config, tensors = import_checkpoint(
-        options.checkpoint, options.heads, flip=not options.no_flip, input_gate=options.input_gate
+    config, tensors, decoder = read_released_checkpoint(
+        options.checkpoint, options.heads, flip=options.flip, input_gate=options.input_gate
     )
     encoder = checkpoint.encoder_from_tensors(config, tensors, str(options.checkpoint))
     checkpoint.save_checkpoint(options.output, encoder)
-    if isinstance(config, AxLSTMConfig) and config.flip:
-        print_error(
-            prog, "assumed an AxLSTM trained with flip, which the file does not say; if it was not, give --no-flip"
-        )
     _show(options.output / checkpoint.WEIGHTS_FILE)
+    for row in find_rows(config, decoder) or ["none of the papers' tables has this encoder"]:
+        print(f"{'published as':<16}  {row}")
 
 
 def _push(options: argparse.Namespace, command: str) -> None:

@@ -24,6 +24,7 @@ from evaluation.tables import TABLE_NAMES, compare_hear, compare_others, markdow
 from evaluation.tasks import HEAR_TASKS, find_hear_task
 from hear_encoders.config import EncoderConfig, config_to_dict, preset
 from hear_encoders.nn.build import ENCODER_OF_CONFIG
+from hear_encoders.papers import ROWS
 
 ROOT = Path(__file__).parents[2]
 HEAR_FOLDERS = {
@@ -222,6 +223,8 @@ def test_a_model_of_another_kind_stands_in_both_papers_and_its_line_names_the_sc
 
 def test_every_row_of_tables_3_to_5_has_its_encoder():
     assert list(ENCODERS) == [(row.paper, row.table, row.model) for row in scores.ablation_rows()]
+    published = {(row.paper, 2, row.model) for row in scores.published_rows()}
+    assert {row for row in ROWS if row[1] == 2} <= published
 
 
 @pytest.mark.parametrize(("name", "paper"), PAPERS_BY_NAME.items())

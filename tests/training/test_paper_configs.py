@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hear_encoders.papers import Decoder, find_rows
 from training.config import load_run_config, run_config_from_dict
 from training.masking import random_masking
 from training.objectives import build_model
@@ -77,6 +78,12 @@ def load(name, *overrides):
     return load_run_config(PAPERS / f"{name}.yaml", overrides)
 
 
+def row_of(name):
+    """The paper, table and model that the config's first line names."""
+    first_line = (PAPERS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    return re.fullmatch(r"# (\S+), table (\d): (.+)", first_line).groups()
+
+
 NAMES = [*(f"audiomaepp/{name}" for name in AUTOENCODERS), *(f"axlstm/{name}" for name in [*AXLSTM, *SSAST])]
 
 
@@ -89,8 +96,7 @@ def test_every_config_names_its_row_and_every_trained_row_has_a_config():
         published = {(row["paper"], row["table"], row["model"]) for row in csv.DictReader(file)}
     named = []
     for name in NAMES:
-        first_line = (PAPERS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-        paper, table, model = re.fullmatch(r"# (\S+), table (\d): (.+)", first_line).groups()
+        paper, table, model = row_of(name)
         assert name.startswith({"AudioMAE++": "audiomaepp/", "AxLSTM": "axlstm/"}[paper] + f"table{table}_")
         named.append((paper, table, model))
     assert len(set(named)) == len(named)
@@ -146,6 +152,16 @@ def test_ssasts_are_the_papers(name):
     assert (encoder.patches.patch_frames, encoder.patches.patch_bands) == patch
     assert encoder.patches.patches == patches
     assert config.decoder is None and config.mask_ratio == 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_imported_model_of_a_row_is_named_after_it(name):
+    config = load(name)
+    decoder = config.decoder and Decoder(config.decoder.dim, config.decoder.rope != "none")
+    paper, table, model = row_of(name)
+    rows = find_rows(config.encoder, decoder)
+    assert any(row.startswith(f"{model}: {paper} paper, Table {table}") for row in rows)
+    assert len(rows) <= 3
 
 
 @pytest.mark.parametrize("name", MILLION_PARAMETERS)
