@@ -88,7 +88,7 @@ def read_audio(path: str | os.PathLike[str]) -> Iterator[Tensor]:
         blocks = _read_media(path, error)
     else:
         blocks = _read_sound(path, file)
-    for block in _to_16_khz(blocks):
+    for block in to_16_khz(blocks):
         samples += len(block)
         yield torch.from_numpy(block)
     if samples == 0:
@@ -205,9 +205,9 @@ def _check_rate(path: Path, rate: int) -> None:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _to_16_khz(blocks: Iterable[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:
-    """Resample blocks, each with its sample rate."""
-    resampler, rate, rest = None, SAMPLE_RATE, np.zeros(0, np.float32)
+def to_16_khz(blocks: Iterable[tuple[np.ndarray, float]]) -> Iterator[np.ndarray]:
+    """Resample blocks (n,) of mono audio, each with its sample rate, to 16 kHz; yields may be empty."""
+    resampler, rate, rest = None, float(SAMPLE_RATE), np.zeros(0, np.float32)
     for block, block_rate in blocks:
         if block_rate != rate:  # of the first block, or of a stream that changes
             if resampler is not None:

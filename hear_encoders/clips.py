@@ -6,7 +6,6 @@ encoder runs, and batches hold clips of any length. The commands use the same de
 
 from __future__ import annotations
 
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,18 +16,18 @@ from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
-import soxr
 import torch
 from torch import Tensor
 
-from hear_encoders.audio import BLOCK_FRAMES, duration_s, read_audio
+from hear_encoders.audio import BLOCK_FRAMES, duration_s, read_audio, to_16_khz
 from hear_encoders.checks import check_audio
 from hear_encoders.nn.frontend import SAMPLE_RATE
+from hear_encoders.pcm import check_sample_rate
 
 # In exact framing, longer clips are not held in memory as a whole. They are decoded twice, first for their statistics.
 LONG_S = 600.0
 
-UNKNOWN_S = 30.0  # a guess, to bound how much is decoded ahead
+UNKNOWN_S = 30.0  # a guess if the header does not tell, to bound how much is decoded ahead
 
 # Zero and full scale of integer samples, as in WAV files.
 PCM_RANGE = {"uint8": (128, 2**7), "int16": (0, 2**15), "int32": (0, 2**31)}
@@ -44,7 +43,7 @@ class Clip:
 
     Attributes:
         name: its path or place, for messages.
-        seconds: its duration, according to its header.
+        seconds: its duration, according to its header; a guess if that does not tell.
         blocks: yields it from its beginning, in blocks (n,) float32 at 16 kHz, not yet checked.
     """
 
@@ -88,7 +87,7 @@ def as_clip(given: Any, name: str, sampling_rate: float | None = None) -> Clip:
                 f"{path} is a folder: pass a list of its files, such as sorted(Path({path!r}).rglob('*.wav')), "
                 "or use hear-embed"
             )
-        return Clip(str(path), duration_s(path), partial(read_audio, path))
+        return Clip(str(path), duration_s(path) or UNKNOWN_S, partial(read_audio, path))
     if hasattr(given, "get_all_samples"):  # torchcodec
         metadata = getattr(given, "metadata", None)
         seconds = getattr(metadata, "duration_seconds_from_header", None) or UNKNOWN_S
@@ -108,8 +107,12 @@ def as_clip(given: Any, name: str, sampling_rate: float | None = None) -> Clip:
 def _array_clip(samples: Any, name: str, sampling_rate: Any) -> Clip:
     if not isinstance(samples, (np.ndarray, Tensor)):
         raise TypeError(f"{name} must be {KINDS}; got {type(samples).__name__}")
-    if isinstance(sampling_rate, bool) or not (isinstance(sampling_rate, Real) and 0 < float(sampling_rate) < math.inf):
-        raise ValueError(f"{name}: sampling_rate must be a number of Hz above 0, got {sampling_rate!r}")
+    if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, Real):
+        raise TypeError(f"{name}: sampling_rate must be a number of Hz, got {sampling_rate!r}")
+    try:
+        check_sample_rate(float(sampling_rate))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     dtype = str(samples.dtype).removeprefix("torch.")
     floating = samples.is_floating_point() if isinstance(samples, Tensor) else samples.dtype.kind == "f"
     if not floating and dtype not in PCM_RANGE:
@@ -127,21 +130,18 @@ def _array_clip(samples: Any, name: str, sampling_rate: Any) -> Clip:
 def _array_blocks(samples: np.ndarray | Tensor, sampling_rate: float) -> Iterator[Tensor]:
     """Yield samples at any rate as float32 blocks at 16 kHz. Tensors at 16 kHz stay on their device."""
     zero, full_scale = PCM_RANGE.get(str(samples.dtype).removeprefix("torch."), (0, 1))
-    if isinstance(samples, Tensor) and (sampling_rate == SAMPLE_RATE):
-        yield (samples.detach().float() - zero) / full_scale if full_scale > 1 else samples.detach().float()
+    if isinstance(samples, Tensor) and sampling_rate == SAMPLE_RATE:
+        yield from ((block.float() - zero) / full_scale for block in samples.detach().split(BLOCK_FRAMES))
         return
     array = samples.detach().cpu().float().numpy() if isinstance(samples, Tensor) else samples
-    resampler = None
-    if sampling_rate != SAMPLE_RATE:
-        resampler = soxr.ResampleStream(sampling_rate, SAMPLE_RATE, num_channels=1, dtype="float32")
-    # Same blocks as those of a file, so that an array gives bit for bit what its file gives.
-    for first in range(0, len(array) + 1, BLOCK_FRAMES):
-        with np.errstate(over="ignore"):  # the check of finite samples says more
-            block = np.array(array[first : first + BLOCK_FRAMES], dtype=np.float32)
-        if full_scale > 1:
-            block = (block - np.float32(zero)) / np.float32(full_scale)
-        last = len(block) < BLOCK_FRAMES
-        yield torch.from_numpy(block if resampler is None else resampler.resample_chunk(block, last=last))
+
+    def blocks() -> Iterator[tuple[np.ndarray, float]]:  # as long as those of a file, to be resampled bit for bit alike
+        for first in range(0, len(array) + 1, BLOCK_FRAMES):
+            with np.errstate(over="ignore"):  # the check of finite samples says more
+                block = np.array(array[first : first + BLOCK_FRAMES], dtype=np.float32)
+            yield (block - np.float32(zero)) / np.float32(full_scale), sampling_rate
+
+    yield from map(torch.from_numpy, to_16_khz(blocks()))
 
 
 def _decoder_blocks(decoder: Any, name: str) -> Iterator[Tensor]:

@@ -80,11 +80,11 @@ class PCM:
             raise ValueError(f"channels must be at least 1, got {self.channels}")
 
 
-def check_sample_rate(rate: int) -> None:
+def check_sample_rate(rate: float) -> None:
     """Raise ValueError for a sample rate outside SAMPLE_RATES."""
     low, high = SAMPLE_RATES
     if not low <= rate <= high:
-        raise ValueError(f"expected a sample rate from {low} to {high} Hz, got {rate}")
+        raise ValueError(f"expected a sample rate from {low} to {high} Hz, got {rate:g}")
 
 
 def read_pipe(pipe: BinaryIO, raw: PCM) -> Iterator[np.ndarray]:

@@ -306,10 +306,10 @@ def test_weights_may_be_the_safetensors_file(embed, recordings, checkpoints, exp
     assert_close(np.load("out.npz")["embeddings"][0], expected(recordings / "a.wav", "other"))
 
 
-def test_framing_and_precision_reach_the_model(embed, recordings, checkpoints, workplace) -> None:
+def test_framing_precision_and_layer_reach_the_model(embed, recordings, checkpoints, workplace) -> None:
     path = recordings / "a.flac"
     audio = load_audio(path)[None]
-    for options in ({"framing": "reference"}, {"precision": "bfloat16"}):
+    for options in ({"framing": "reference"}, {"precision": "bfloat16"}, {"layer": 1}):
         words = [word for option, value in options.items() for word in (f"--{option}", value)]
         assert embed(path, "-o", "out.npz", "--timestamps", *words).code == 0
         model = hear_audiomaepp.load_model(checkpoints["audiomaepp"], **options)
@@ -689,21 +689,65 @@ def test_bad_files_among_good_ones(embed, recordings, workplace, output: str, ti
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes only on Linux")
-def test_file_name_that_is_not_unicode_does_not_stop_the_others(embed, recordings, workplace, monkeypatch) -> None:
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_files_whose_names_are_not_unicode_are_embedded(embed, recordings, expected, workplace, output: str) -> None:
+    needs_pyarrow(output)
     folder = workplace / "old"
     folder.mkdir()
-    shutil.copy(recordings / "a.wav", folder / os.fsdecode(b"caf\xe9.wav"))
-    shutil.copy(recordings / "a.wav", folder / "tea.wav")
-    stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")  # like Python's
-    monkeypatch.setattr(sys, "stderr", stderr)
-    code = embed(folder, "-o", "out.npz").code
-    stderr.flush()
-    complaints = stderr.buffer.getvalue().decode()
-    assert Path("out.npz").exists(), complaints
-    names = np.load("out.npz")["paths"].tolist()
-    assert str(folder / "tea.wav") in names
-    assert (code, len(names)) in [(0, 2), (1, 1)]  # done, or reported
-    assert code == 0 or ("failed: " in complaints and "caf" in complaints)
+    name = os.fsdecode(b"caf\xe9.wav")
+    shutil.copy(recordings / "a.wav", folder / name)
+    write_bad(workplace / "junk.wav").rename(folder / os.fsdecode(b"\xff.wav"))
+    outcome = embed(folder, "-o", output)
+    assert (outcome.code, outcome.out) == (1, f"{output}: 1 of 2 files embedded\n")
+    assert outcome.err.startswith(f"hear-embed: failed: {folder}/\\xff.wav: not readable")
+    ((found, scene),) = read_scenes(Path(output), folder).items()
+    assert found == ("caf\\xe9.wav" if output.endswith(".parquet") else name)
+    assert_close(scene, expected(folder / name))
+    assert r"1.00 s  old/caf\xe9.wav" in embed("old", "--list").out
+
+
+def test_control_characters_in_names_are_escaped(embed, recordings, workplace) -> None:
+    name = "red\x1b[31m\nfailed: a\u202e.wav"
+    write_bad(workplace / "junk.wav").rename(name)
+    shutil.copy(recordings / "a.wav", "größe 音.wav")
+    outcome = embed(".", "-o", "out.npz")
+    assert outcome.code == 1
+    assert outcome.err.startswith(r"hear-embed: failed: red\x1b[31m\nfailed: a\u202e.wav: not readable")
+    assert outcome.err.count("\n") == 1
+    listed = embed(".", "--list").out
+    assert r"red\x1b[31m\nfailed: a\u202e.wav" in listed and "1.00 s  größe 音.wav" in listed
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_pipes_and_devices_are_refused_without_being_opened(embed, recordings, workplace) -> None:
+    os.mkfifo("f.wav")
+    Path("null.wav").symlink_to("/dev/null")
+    outcome = embed("f.wav", "null.wav", "/dev/stdin", recordings / "a.wav", "-o", "out.npz")
+    assert (outcome.code, outcome.out) == (1, "out.npz: 1 of 4 files embedded\n")
+    assert outcome.err.count("not a regular file") == 3 or "/dev/stdin" in outcome.err  # it may be a file
+    assert embed("f.wav", "--list").code == 1
+
+
+def test_wav_that_claims_an_absurd_rate_is_refused(embed, recordings, workplace) -> None:
+    for rate in (1, 999, 768_001):
+        soundfile.write(f"{rate}.wav", tone(16_000, 1.0, 1, 1), rate)
+    outcome = embed(".", recordings / "a.wav", "-o", "out.npz")
+    assert (outcome.code, outcome.out) == (1, "out.npz: 1 of 4 files embedded\n")
+    for line, rate in zip(outcome.err.splitlines(), (1, 768_001, 999)):
+        assert line == f"hear-embed: failed: {rate}.wav: expected a sample rate from 1000 to 768000 Hz, got {rate}"
+
+
+def test_embedding_that_is_not_finite_fails_its_file(embed, recordings, checkpoints, workplace) -> None:
+    encoder = build_encoder(CONFIGS["audiomaepp"], seed=1)
+    with torch.no_grad():
+        list(encoder.parameters())[-1].fill_(3e38)
+        list(encoder.parameters())[-2].fill_(3e38)
+    save_checkpoint(workplace / "huge", encoder)
+    for timestamps in ([], ["--timestamps"]):
+        outcome = embed(recordings, "-o", "out.npz", "--weights", "huge", *timestamps)
+        assert (outcome.code, outcome.out) == (1, "out.npz: 0 of 5 files embedded\n")
+        assert outcome.err.count("the embedding is not finite; are the weights damaged?") == 5
+        assert not Path("out.npz").exists()
 
 
 def test_file_deleted_during_the_run_is_a_failure(embed, recordings, workplace, monkeypatch) -> None:
@@ -856,6 +900,8 @@ def test_version_is_that_of_the_package(embed, weights) -> None:
         (["a.wav", "-o", "new/out.npy"], ".npz"),
         (["a.wav", "-o", "new/out.h5"], ".parquet"),
         (["a.wav", "-o", "a.wav"], "a.wav"),
+        (["a.wav", "-o", "/"], "the root folder"),
+        (["a.wav", "-o", "/dev/null"], "neither a file nor a folder"),
         (["a.wav", "-o", "a.wav/out.npz"], "a.wav"),
         (["a.wav", "-o", "new/out.npz", "--device", "nosuch"], "nosuch"),
         (["a.wav", "-o", "new/out.npz", "--model", "hear_nosuch"], "hear_nosuch"),
@@ -1025,8 +1071,30 @@ def test_full_disk_gives_a_one_line_error(embed, recordings, workplace, output: 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert outcome.code == 1
-    assert outcome.err.startswith(f"hear-embed: error: {output}: ") and outcome.err.count("\n") == 1
+    (line,) = outcome.err.splitlines()
+    assert line.startswith(f"hear-embed: error: {output}: ")
+    assert re.search(rf"File too large: '{output}[^']*'$", line)
     assert not [name for name in files_in(workplace) if not name.endswith((".npy", "hear-embed.json"))]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs locks")
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_what_a_killed_run_left_is_removed_by_the_next(embed, recordings, workplace, output: str) -> None:
+    needs_pyarrow(output)
+    shutil.copytree(recordings, "in")
+    folders = [Path("out"), Path("out/nested")] if output == "out" else [Path()]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        (folder / ".1234-0123abcd.tmp").write_bytes(b"half")
+    assert embed("in", "-o", output).code == 0
+    assert not list(Path().rglob("*.tmp"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_overwritten_output_keeps_its_permissions(embed, recordings, workplace) -> None:
+    Path("out.npz").touch(mode=0o600)
+    assert embed(recordings / "a.wav", "-o", "out.npz").code == 0
+    assert Path("out.npz").stat().st_mode & 0o777 == 0o600
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1114,6 +1182,8 @@ def test_failed_files_are_tried_again(embed, recordings, workplace) -> None:
         ([], ["--framing", "reference"], "framing"),
         ([], ["--precision", "bfloat16"], "precision"),
         (["--statistics", "-6", "3.5"], [], "statistics"),
+        ([], ["--layer", "1"], "layer"),
+        ([], ["--embedding", "best"], "pooling"),
         ([], ["--pooling", "mean_std"], "pooling"),
         (["--pooling", "mean_std"], [], "pooling"),
         ([], ["--model", "hear_axlstm", "--weights", "axlstm"], "model"),
