@@ -99,10 +99,18 @@ def discard_stdout() -> None:
 
 
 def output_path(text: str) -> Path:
-    """Parse an argument as a path. It must not be empty, as from an unset shell variable."""
+    """Parse an argument as a path to write to: a file or a folder, which need not exist.
+
+    It must not be empty, as from an unset shell variable, nor the root folder, a device or a pipe.
+    """
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
+    path = Path(text)
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):
+        raise argparse.ArgumentTypeError(f"{printable(text)} is neither a file nor a folder")
+    if os.path.realpath(path) == os.path.realpath(path.absolute().anchor):
+        raise argparse.ArgumentTypeError(f"{printable(text)} is the root folder")
+    return path
 
 
 def non_empty_text(text: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
+import stat
 import time
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +21,8 @@ except ImportError:  # Windows
 
 LOCK_FILE = ".lock"
 _POLL_S = 0.05
+_LEFTOVER = re.compile(r"\.\d+-[0-9a-f]{8}\.tmp")
+_DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EIO} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
 
 
 @contextmanager
@@ -25,19 +30,67 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the name `path` only once it is complete and on disk.
 
     After an error inside the `with` block, or if the process is killed, `path` is as it was before. A killed process
-    may leave `.PID-RANDOM.tmp` beside it.
+    may leave `.PID-RANDOM.tmp` beside it, which `remove_leftovers` removes. An existing file's permissions are kept.
+
+    Raises:
+        OSError: also if the disk is full while a library writes that reports this in other ways; names `path`.
     """
     path = Path(path)
-    unfinished = _unfinished(path)
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with ExitStack() as stack:
+        unfinished, file = _open_unfinished(path, stack)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                os.chmod(unfinished, stat.S_IMODE(path.stat().st_mode))
+            os.replace(unfinished, path)
+        except BaseException as error:
+            unfinished.unlink(missing_ok=True)
+            if cause := _disk_error(error):
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
+            raise
+
+
+def _open_unfinished(path: Path, stack: ExitStack) -> tuple[Path, BinaryIO]:
+    """Create a temporary file beside `path`; until the stack is closed, a lock shows that its writer lives."""
+    while True:
+        unfinished = _unfinished(path)
+        file = open(unfinished, "wb")  # noqa: SIM115  the caller closes it
+        if fcntl is None:
+            return unfinished, file
+        lock = os.dup(file.fileno())  # holds the lock while the file is closed and renamed
+        stack.callback(os.close, lock)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if unfinished.exists():  # else another process has just removed it, before it was locked
+            return unfinished, file
+        file.close()
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """Find the error without a file's name that says that nothing more can be written, in the chain of an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.filename is None and error.errno in _DISK_ERRORS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove temporary files in a folder that killed processes have left. Those of living processes are locked.
+
+    Where there are no locks this does nothing.
+    """
+    if fcntl is None:
+        return
+    for entry in os.scandir(folder):
+        if not _LEFTOVER.fullmatch(entry.name):
+            continue
+        with suppress(OSError), open(entry.path, "rb+") as file:  # OSError: locked, removed, or no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(entry.path)
 
 
 def _unfinished(path: Path) -> Path:

@@ -23,6 +23,8 @@ from hear_encoders.cli.outputs import Output
 from hear_encoders.clips import LONG_S, decode_ahead, in_batches, prefetch
 from hear_encoders.embedder import Embedder
 
+NOT_FINITE = "the embedding is not finite; are the weights damaged?"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -66,6 +68,9 @@ def embed_files(
     failures: list[Failure] = []
 
     def write(file: AudioFile, samples: int, embedding: Tensor) -> None:
+        if not embedding.isfinite().all():
+            failures.append(Failure(file.path, f"{file.path}: {NOT_FINITE}"))
+            return
         times = embedder.timestamps_ms(samples).numpy() if timestamps else None
         try:
             output.add(str(file.path), file.name, embedding[0].numpy(), times)

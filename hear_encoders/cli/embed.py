@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hear_encoders import __version__
 from hear_encoders.audio import AudioFile, Search, probe_s, search_audio, summarize
-from hear_encoders.cli.corpus import embed_files
+from hear_encoders.cli.corpus import NOT_FINITE, embed_files
 from hear_encoders.cli.options import MODELS, add_embedding_arguments, embedding_settings, load_embedder
 from hear_encoders.cli.outputs import Output, open_output, output_kind
 from hear_encoders.console import (
@@ -246,6 +246,8 @@ def _embed_stream(options: argparse.Namespace) -> int:
 
 def _write_steps(embeddings: torch.Tensor, timestamps_ms: torch.Tensor) -> None:
     """Write embeddings (1, T, E) and timestamps (1, T) as T lines of JSON. Nine digits are exact for float32."""
+    if not embeddings.isfinite().all():
+        raise ValueError(NOT_FINITE)
     for embedding, timestamp_ms in zip(embeddings[0].tolist(), timestamps_ms[0].tolist()):
         values = ", ".join(map("{:.9g}".format, embedding))
         sys.stdout.write(f'{{"timestamp_ms": {timestamp_ms:.10g}, "embedding": [{values}]}}\n')

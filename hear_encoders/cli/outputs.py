@@ -17,12 +17,13 @@ import importlib.util
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import SimpleNamespace
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
 import numpy as np
 
 from hear_encoders.audio import audio_extensions
-from hear_encoders.files import atomic_write, write_or_check_settings
+from hear_encoders.files import atomic_write, remove_leftovers, write_or_check_settings
 
 SETTINGS_FILE = "hear-embed.json"
 MIN_ROW_GROUP = 1024  # rows of Parquet
@@ -98,6 +99,7 @@ class NpzOutput:
 
     def __init__(self, path: Path, timestamps: bool) -> None:
         self._timestamps = timestamps
+        remove_leftovers(path.parent)
         self._rows: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._stack = ExitStack()
         self._file = self._stack.enter_context(atomic_write(path))  # opened now, so that it fails before any work
@@ -133,6 +135,7 @@ class ParquetOutput:
 
         self._arrow = pyarrow
         self._timestamps = timestamps
+        remove_leftovers(path.parent)
         self._pending: list[Any] = []  # tables
         self._writer: Any = None
         self._stack = ExitStack()
@@ -143,6 +146,8 @@ class ParquetOutput:
 
     def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None:
         rows = np.atleast_2d(embedding)  # (1, E) or (T, E)
+        # Parquet's text is UTF-8; bytes of a name that are not are written as \xNN.
+        path = os.fsencode(path).decode(errors="backslashreplace")
         columns = {"path": self._arrow.array([path] * len(rows))}
         if self._timestamps:
             columns["timestamp_ms"] = self._arrow.array(timestamps_ms)
@@ -177,6 +182,11 @@ def _discard(stack: ExitStack) -> None:
         stack.__exit__(type(interruption), interruption, None)
 
 
+def _save(file: BinaryIO, array: np.ndarray) -> None:
+    """Write an array as .npy. NumPy writes to a file itself, and then does not say that the disk is full."""
+    np.save(cast(BinaryIO, SimpleNamespace(write=file.write)), array)
+
+
 class FolderOutput:
     """A folder with one `.npy` file per audio file. Existing embeddings are kept, so that a run can be resumed."""
 
@@ -185,6 +195,7 @@ class FolderOutput:
         self._record = path / SETTINGS_FILE
         self._settings = {**settings, "timestamps": timestamps}
         self._has_record = self._write_or_check_settings(write=False)
+        self._tidied: set[Path] = set()  # folders without leftovers of killed runs
 
     def has(self, name: str) -> bool:
         path = self._embedding_path(name)
@@ -196,13 +207,16 @@ class FolderOutput:
     def add(self, path: str, name: str, embedding: np.ndarray, timestamps_ms: np.ndarray | None) -> None:
         target = self._embedding_path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.parent not in self._tidied:
+            remove_leftovers(target.parent)
+            self._tidied.add(target.parent)
         # Only now: a run that embeds nothing must not bind later ones to its settings.
         self._has_record = self._has_record or self._write_or_check_settings(write=True)
         if timestamps_ms is not None:
             with atomic_write(target.with_name(f"{Path(name).name}.timestamps_ms.npy")) as file:
-                np.save(file, timestamps_ms)
+                _save(file, timestamps_ms)
         with atomic_write(target) as file:  # last, as `has` looks for it
-            np.save(file, embedding)
+            _save(file, embedding)
 
     def _write_or_check_settings(self, *, write: bool) -> bool:
         """Return whether the folder has a record of its settings, which then equal this run's."""
