@@ -50,8 +50,17 @@ def run_python(tmp_path, monkeypatch):
 def test_the_readmes_python_runs_as_printed(run_python):
     namespace = run_python("README.md", 2)
     assert namespace["scene"].shape == (1, 960)
-    assert namespace["steps"].shape == (1, 133, 960) and namespace["timestamps_ms"].shape == (1, 133)
+    assert namespace["steps"].shape == (133, 960) and namespace["timestamps_ms"].shape == (133,)
     assert namespace["times_ms"].shape == namespace["embeddings"].shape[:2] == (1, 1)  # the last step of the stream
+
+
+def test_every_way_to_embed_in_python_runs_as_printed(run_python):
+    namespace = run_python("docs/python.md", 2)
+    for name in ("one", "from_array", "from_row"):
+        assert namespace[name].shape == (960,)
+    assert namespace["many"].shape == namespace["unit"].shape == namespace["scenes"].shape == (2, 960)
+    assert namespace["steps"].shape == (2, 133, 960) and namespace["mask"].sum(1).tolist() == [133, 67]
+    assert (namespace["steps"].detach().abs().sum(2) > 0).equal(namespace["mask"])
 
 
 def test_embeddings_of_a_folder_are_read_as_printed(run_python):
