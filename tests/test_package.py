@@ -147,7 +147,8 @@ def test_metadata_is_the_projects(built: Built) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Summary"]
-    assert set(metadata.get_all("Provides-Extra")) == {"av", "eval", "lint", "parquet", "peers", "test", "train"}
+    extras = set(metadata.get_all("Provides-Extra"))
+    assert extras == {"av", "map", "test-map", "eval", "lint", "parquet", "peers", "test", "train"}
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {re.match(r"[\w-]+", line)[0] for line in required}
     assert names == {"torch", "numpy", "safetensors", "huggingface_hub", "soundfile", "soxr", "tqdm"}
@@ -167,6 +168,7 @@ def test_commands_are_declared(built: Built) -> None:
     entries = configparser.ConfigParser()
     entries.read_string(built.text("entry_points.txt"))
     assert dict(entries["console_scripts"]) == {
+        "hear-map": "hear_encoders.cli.map:main",
         "hear-embed": "hear_encoders.cli.embed:main",
         "hear-weights": "hear_encoders.cli.weights:main",
     }
@@ -218,7 +220,7 @@ def test_wheel_works_from_an_empty_directory_with_its_bundled_weights(built: Bui
 def scripts(site: Path) -> dict[str, Path]:
     """Return the two commands' installed scripts by name."""
     found = {path.stem: path for path in (site / ("Scripts" if os.name == "nt" else "bin")).iterdir()}
-    assert sorted(found) == ["hear-embed", "hear-weights"]
+    assert sorted(found) == ["hear-embed", "hear-map", "hear-weights"]
     return found
 
 
