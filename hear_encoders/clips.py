@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -193,3 +193,23 @@ def in_batches(
         batch_s += seconds
     if batch:
         yield batch
+
+
+class CopyToCPU:
+    """Tensors on their way to the CPU. A GPU copies them while it computes what comes next."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._on_gpu = bool(tensors) and tensors[0].is_cuda
+        # Other devices than CUDA have no event to wait for, so their copies block.
+        self._copies = [tensor.to("cpu", non_blocking=self._on_gpu) for tensor in tensors]
+        if self._on_gpu:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait(self) -> list[Tensor]:
+        """Wait until the tensors are on the CPU, and return them."""
+        if self._on_gpu:
+            self._copied.synchronize()
+            # Clones are pageable; they free the pinned memory of the copies.
+            self._on_gpu, self._copies = False, [copy.clone() for copy in self._copies]
+        return self._copies

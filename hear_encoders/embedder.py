@@ -8,7 +8,7 @@ forward pass. Letters in shape comments: B clips, F frames, T time steps, E embe
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,7 +28,7 @@ from hear_encoders.checks import (
     validate_audio,
     warn_if_loud,
 )
-from hear_encoders.clips import KINDS, LONG_S, Clip, as_clip, decode_ahead, in_batches, is_clip, prefetch
+from hear_encoders.clips import KINDS, LONG_S, Clip, CopyToCPU, as_clip, decode_ahead, in_batches, is_clip, prefetch
 from hear_encoders.execution import CPU_SEGMENTS, Execution, Precision, raise_mmap_threshold
 from hear_encoders.framing import FRAMINGS, FramingName, Segment
 from hear_encoders.nn.build import Encoder
@@ -213,7 +213,7 @@ class Embedder(nn.Module):
             padding = torch.arange(batch.shape[1]) >= torch.tensor(counts)[:, None]
             batch = batch.masked_fill(padding.to(batch.device), 0)
         check_audio(batch)
-        self._check_weights(stacklevel=4)
+        self._check_weights(stacklevel=5)
         batch, steps = self._to_device(batch.float()), self.step_count(batch.shape[1])
         segments, first_steps = [], []  # each segment's first step is that row of (B T, E)
         for count, own in rows.items():
@@ -297,27 +297,36 @@ class Embedder(nn.Module):
             return None if numbered[1].seconds > LONG_S and self.framer.is_local else numbered[1].load()
 
         def keep(place: int, samples: int, embedding: Tensor) -> None:
-            values = embedding[0].cpu().numpy()
+            values = embedding[0].numpy()
             if normalize:
                 values = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
             results[place] = (values, self.timestamps_ms(samples).numpy()) if timestamps else values
 
+        def keep_batch(whole: list[tuple[int, int]], embeddings: CopyToCPU) -> None:
+            for (place, samples), embedding in zip(whole, embeddings.wait()):
+                keep(place, samples, embedding)
+            bar.update(len(whole))
+
         with ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="hear_encoders.decode") as pool:
             clips, count = _numbered_clips(pool, [inputs] if single else inputs, sampling_rate, single)
+            decoded = decode_ahead(pool, load, clips, 2 * batch_seconds)
+            encoded: deque[tuple[list[tuple[int, int]], CopyToCPU]] = deque()
             with _progress_bar(count, False if single and show_progress_bar is None else show_progress_bar) as bar:
-                decoded = decode_ahead(pool, load, clips, 2 * batch_seconds)
                 for batch in in_batches(decoded, batch_seconds):
                     loaded = [(place, clip, future.result()) for (place, clip), future in batch]
                     whole = [(place, audio) for place, _, audio in loaded if audio is not None]
-                    embedded = self.embed_batches([audio for _, audio in whole], timestamps)
-                    for (place, audio), embedding in zip(whole, embedded):
-                        keep(place, audio.shape[1], embedding)
+                    embeddings = self.embed_batches([audio for _, audio in whole], timestamps)
+                    encoded.append(([(place, audio.shape[1]) for place, audio in whole], CopyToCPU(embeddings)))
+                    if len(encoded) > 1:  # while a GPU encodes this batch, the previous one is kept
+                        keep_batch(*encoded.popleft())
                     for place, clip, audio in loaded:
                         if audio is None:
                             read = partial(prefetch, pool, clip.blocks)
                             embedding, samples = self.embed_blocks(read, timestamps, name=clip.name)
                             keep(place, samples, embedding)
-                    bar.update(len(batch))
+                            bar.update(1)
+                for rest in encoded:
+                    keep_batch(*rest)
         in_order = [results[place] for place in range(len(results))]
         if single:
             return in_order[0]
@@ -447,7 +456,7 @@ class Embedder(nn.Module):
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the model's device. A GPU copies it while the CPU continues."""
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
+        if self.device.type == "cuda" and tensor.device.type == "cpu" and not tensor.requires_grad:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hear_encoders.audio import AudioFile, duration_s, load_audio, read_audio
 from hear_encoders.checks import check_audio
 from hear_encoders.cli.outputs import Output
-from hear_encoders.clips import LONG_S, decode_ahead, in_batches, prefetch
+from hear_encoders.clips import LONG_S, CopyToCPU, decode_ahead, in_batches, prefetch
 from hear_encoders.embedder import Embedder
 
 NOT_FINITE = "the embedding is not finite; are the weights damaged?"
@@ -142,21 +141,11 @@ class _EncodedBatch:
     """
 
     def __init__(self, count: int, files: list[tuple[AudioFile, int]], embeddings: list[Tensor]) -> None:
-        self.count, self.unwritten = count, deque(files)
-        self._on_gpu = bool(embeddings) and embeddings[0].is_cuda
-        # Other devices than CUDA have no event to wait for, so their copies block.
-        self._embeddings = [embedding.to("cpu", non_blocking=self._on_gpu) for embedding in embeddings]
-        if self._on_gpu:
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(embeddings[0].device))
+        self.count, self.unwritten, self._copy = count, deque(files), CopyToCPU(embeddings)
 
     def wait(self) -> list[Tensor]:
         """Wait until the embeddings are on the CPU, and return them: (1, E) or (1, T, E) for each file."""
-        if self._on_gpu:
-            self._copied.synchronize()
-            # Clones are pageable; they free the pinned memory of the copies.
-            self._on_gpu, self._embeddings = False, [embedding.clone() for embedding in self._embeddings]
-        return self._embeddings
+        return self._copy.wait()
 
 
 def _batch_failures(files: list[AudioFile], error: BaseException) -> list[Failure]:
