@@ -21,7 +21,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Needs of training, of tests or of optional outputs; or imported only where they are used, being slow.
 UNWANTED = [
     *("training", "evaluation", "torchaudio", "xlstm", "mlstm_kernels", "tensorflow", "tests", "pytest"),
-    *("huggingface_hub", "pyarrow", "plotly", "sklearn", "tqdm"),
+    *("huggingface_hub", "pyarrow", "plotly", "sklearn", "tqdm", "onnx", "onnxscript", "onnxruntime"),
 ]
 
 # The dependencies are imported first: what they do at import is not the package's doing.
@@ -160,6 +160,7 @@ LAYERS = [
     ["hear_encoders.cli.embed", "hear_encoders.cli.weights", "hear_encoders.cli.map", "hear_encoders.cli.embed_corpus"],
     ["hear_encoders.cli"],
     ["hear_audiomaepp", "hear_axlstm"],
+    ["hear_encoders.onnx_export"],
     ["hear_encoders.hear", "hear_encoders.stream"],
     ["hear_encoders.__init__"],
     ["hear_encoders.embedder"],

@@ -148,7 +148,7 @@ def test_metadata_is_the_projects(built: Built) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Summary"]
     extras = set(metadata.get_all("Provides-Extra"))
-    assert extras == {"av", "map", "test-map", "eval", "lint", "parquet", "peers", "test", "train"}
+    assert extras == {"av", "map", "test-map", "eval", "lint", "onnx", "parquet", "peers", "test", "train"}
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {re.match(r"[\w-]+", line)[0] for line in required}
     assert names == {"torch", "numpy", "safetensors", "huggingface_hub", "soundfile", "soxr", "tqdm"}

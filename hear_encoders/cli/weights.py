@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import get_args
 
 from hear_encoders import __version__, checkpoint, hub
-from hear_encoders.cli.options import MODELS, hear_module
+from hear_encoders.cli.options import MODELS, hear_module, layers
 from hear_encoders.config import InputGate, config_to_dict
-from hear_encoders.console import BAD_USAGE, FAILED, discard_stdout, non_empty_text, positive, print_error
+from hear_encoders.console import (
+    BAD_USAGE,
+    FAILED,
+    discard_stdout,
+    non_empty_text,
+    output_path,
+    positive,
+    print_error,
+    print_line,
+)
+from hear_encoders.embedder import Embedder
+from hear_encoders.onnx_export import InputName, PartName, export_onnx
 from hear_encoders.papers import find_rows
+from hear_encoders.pooling import POOLINGS
 from hear_encoders.released import read_released_checkpoint
 
 _EPILOG = """\
@@ -23,6 +35,7 @@ examples:
   hear-weights import mae_base.pth mae-base/ --heads 12
   hear-weights import axlstm_tiny.pth axlstm-tiny/ --flip
   hear-weights push weights/ org/name --card MODEL_CARD.md
+  hear-weights export hear_axlstm axlstm.onnx
 
 `hear-weights COMMAND --help` describes a command's options.
 """
@@ -39,13 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
+    weights = f"directory, .safetensors file or Hub org/name; bundled weights: {' or '.join(MODELS)}"
+    revision = "branch, tag or commit of the Hub repository"
+
     show = commands.add_parser("show", help="print a checkpoint's configuration, size, parameter count and SHA-256")
-    show.add_argument(
-        "source",
-        metavar="CHECKPOINT",
-        help=f"directory, .safetensors file or Hub org/name; bundled weights: {' or '.join(MODELS)}",
-    )
-    show.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    show.add_argument("source", metavar="CHECKPOINT", help=weights)
+    show.add_argument("--revision", help=revision)
 
     convert = commands.add_parser(
         "import",
@@ -53,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: hear-weights import axlstm_tiny.pth axlstm-tiny/ --flip",
     )
     convert.add_argument("checkpoint", metavar="CHECKPOINT.pth", type=Path)
-    convert.add_argument("output", metavar="OUT_DIR", type=Path, help="new or empty directory")
+    convert.add_argument("output", metavar="OUT_DIR", type=output_path, help="new or empty directory")
     convert.add_argument(
         "--heads", type=positive(int), metavar="N", help="attention heads (Tiny 3, Small 6, Base 12, Large 16)"
     )
@@ -81,12 +93,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     push.add_argument("--yes", action="store_true", help="upload; needs a token: HF_TOKEN or `hf auth login`")
 
+    export = commands.add_parser(
+        "export",
+        help="write a model as ONNX, for programs without PyTorch",
+        description="Write a model as ONNX, for programs without PyTorch. Takes up to a minute; needs the extra onnx.",
+        epilog="example: hear-weights export hear_axlstm step.onnx --part step --statistics -6.0 3.5",
+    )
+    export.add_argument("source", metavar="CHECKPOINT", help=weights)
+    export.add_argument("output", metavar="OUT.onnx", type=output_path, help="a new file")
+    export.add_argument("--revision", help=revision)
+    export.add_argument(
+        "--part",
+        choices=get_args(PartName),
+        default="encoder",
+        help="encoder of clips or segments of up to 2 s, one step of an AxLSTM's stream, or the front end, which makes "
+        "log-mel of clips of any length; default: %(default)s",
+    )
+    export.add_argument(
+        "--input",
+        choices=get_args(InputName),
+        default="waveform",
+        help="what an encoder or a step takes: samples, or log-mel that is normalized; default: %(default)s",
+    )
+    export.add_argument("--layer", type=layers, metavar="N[,N...]", help="embed with the output of this block, from 1")
+    export.add_argument("--pooling", choices=tuple(POOLINGS), default="mean", help="default: %(default)s")
+    export.add_argument(
+        "--statistics", nargs=2, type=float, metavar=("MEAN", "STD"), help="normalize log-mel with these"
+    )
+
     options = parser.parse_args(arguments)
     try:
         if options.command == "show":
             _show(_find_weights(options.source, options.revision))
         elif options.command == "import":
             _import(options)
+        elif options.command == "export":
+            _export(options)
         else:
             words = sys.argv[1:] if arguments is None else arguments
             _push(options, shlex.join([parser.prog, "push", "--yes", *words[1:]]))
@@ -119,7 +161,7 @@ def _show(weights: Path) -> None:
     for field, value in config_to_dict(encoder.config).items():
         rows.update(value if isinstance(value, dict) else {field: value})
     for name, value in rows.items():
-        print(f"{name:<16}  {value}")
+        print_line(f"{name:<16}  {value}")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -136,6 +178,20 @@ def _import(options: argparse.Namespace) -> None:
         print(f"{'published as':<16}  {row}")
 
 
+def _export(options: argparse.Namespace) -> None:
+    """Write a model as ONNX and show its inputs and outputs."""
+    if options.output.exists():
+        raise ValueError(f"{options.output} exists already: choose another name")
+    model = Embedder(
+        checkpoint.load_checkpoint(_find_weights(options.source, options.revision)),
+        layer=options.layer,
+        pooling=options.pooling,
+        statistics=options.statistics,
+    )
+    for line in export_onnx(model.eval(), options.output, part=options.part, input=options.input):
+        print_line(line)
+
+
 def _push(options: argparse.Namespace, command: str) -> None:
     """Publish a checkpoint, or show what would be published and `command`, which would publish it."""
     hub.check_repo_id(options.repository)
@@ -148,7 +204,7 @@ def _push(options: argparse.Namespace, command: str) -> None:
     print(f"{'repository':<18}{options.repository}{' (private)' if options.private else ''}")
     print(f"{'commit message':<18}{options.message}")
     for name, path in files.items():
-        print(f"{name:<18}{path.stat().st_size:>13,} bytes  SHA-256 {checkpoint.sha256(path)}  {path}")
+        print_line(f"{name:<18}{path.stat().st_size:>13,} bytes  SHA-256 {checkpoint.sha256(path)}  {path}")
     if options.yes:
         url, commit = hub.push_files(options.repository, files, options.message, private=options.private)
         print(f"{'commit':<18}{commit}\n{url}")
