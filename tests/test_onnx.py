@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 import sys
 import wave
 from functools import lru_cache
@@ -19,7 +21,7 @@ from conftest import SMALL_CONFIGS
 
 import hear_audiomaepp
 import hear_axlstm
-from hear_encoders import Embedder, build_encoder, save_checkpoint
+from hear_encoders import AxLSTMConfig, Embedder, build_encoder, save_checkpoint
 from hear_encoders.cli.weights import main
 from hear_encoders.onnx_export import export_onnx
 
@@ -115,6 +117,13 @@ def test_a_silent_band_beside_a_loud_tone_equals_log_mel(session):
     assert_close(logmel, model.log_mel(audio))
 
 
+@lru_cache(maxsize=1)
+def step_model() -> Embedder:
+    """A model of a single block: the step's export takes longer than others'."""
+    encoder = build_encoder(AxLSTMConfig("axlstm", dim=48, depth=1), seed=1).eval()
+    return Embedder(encoder, statistics=tuple(STATISTICS))
+
+
 def run_steps(graph, inputs: list[np.ndarray]) -> np.ndarray:
     """Run steps from a state of zeros: (B, ...) each -> (B, T, E)."""
     first, *rest = graph.get_inputs()
@@ -130,7 +139,7 @@ def run_steps(graph, inputs: list[np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("input", ["waveform", "logmel"])
 def test_steps_equal_a_stream(session, noise, input):
-    model = small_model("axlstm", statistics=tuple(STATISTICS))
+    model = step_model()
     audio = noise(2, 51_000)  # 79 steps: into a second segment
     expected, _ = hear_axlstm.stream(model, streams=2).push(audio)
     if input == "waveform":  # windows of 880 samples that advance by 640
@@ -234,3 +243,15 @@ def test_options_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"pip install 'hear-audiomaepp\[onnx\]'"):
         export_onnx(small_model("ssast"), tmp_path / "out.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stream_in_the_documentation_equals_a_stream(session, noise, tmp_path, monkeypatch):
+    model, audio = step_model(), noise(1, 3000)
+    shutil.copy(session(model, part="step", input="waveform")._model_path, tmp_path / "step.onnx")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/onnx.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    namespace = {"audio": audio[0].numpy()}
+    exec(block, namespace)
+    expected, _ = hear_axlstm.stream(model).push(audio)
+    assert_close(namespace["embedding"], expected[:, -1])
