@@ -25,6 +25,7 @@ from evaluation.environment import ROOT
 from evaluation.results import EmbeddingMap, ModelFolder, ModelRecord, Unit, read_record
 from evaluation.tasks import read_scores, read_task
 from hear_encoders.files import locked, read_json
+from hear_encoders.threads import usable_cpus
 
 LOG_TAIL_LINES = 8
 _POLL_S = 0.5
@@ -287,12 +288,11 @@ def _absolute(path: Path) -> str:
 def step_environment(jobs: int) -> dict[str, str]:
     """Return the environment variables for the kit's processes.
 
-    They import from this checkout and the current folder. Each of `jobs` processes gets an equal share of the cores, or
-    fewer CPU threads if OMP_NUM_THREADS says so.
+    They import from this checkout and the current folder. Each of `jobs` processes gets an equal share of the cores
+    that may be used, or fewer CPU threads if OMP_NUM_THREADS says so.
     """
     path = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep), os.getcwd()]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // jobs)
+    threads = max(1, usable_cpus() // jobs)
     requested = os.environ.get("OMP_NUM_THREADS", "")
     if requested.isdigit() and int(requested) > 0:
         threads = min(threads, int(requested))

@@ -15,16 +15,22 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user d
     audio, media, pcm           audio files, what only FFmpeg reads, and pipes -> 16 kHz mono
     checks                      errors for input that is not audio
     files                       atomic writes, locks, folders that belong to one run's settings
+    threads                     CPU threads of the commands
     console                     exit codes, messages, progress, argument types
 
-Imports only go down this list; tests/test_imports.py checks it.
+Imports only go down this list; tests/test_imports.py checks it. Names that this package gives are imported on use:
+the commands set what has to be set before PyTorch is loaded.
 """
 
-from hear_encoders.audio import load_audio
-from hear_encoders.checkpoint import load_checkpoint, save_checkpoint
-from hear_encoders.config import PRESETS, AxLSTMConfig, PatchConfig, TransformerConfig, preset
-from hear_encoders.embedder import Embedder
-from hear_encoders.nn.build import build_encoder
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hear_encoders.audio import load_audio
+    from hear_encoders.checkpoint import load_checkpoint, save_checkpoint
+    from hear_encoders.config import PRESETS, AxLSTMConfig, PatchConfig, TransformerConfig, preset
+    from hear_encoders.embedder import Embedder
+    from hear_encoders.nn.build import build_encoder
 
 __version__ = "0.1.0"
 
@@ -40,3 +46,27 @@ __all__ = [
     "preset",
     "save_checkpoint",
 ]
+
+_MODULES = {
+    "AxLSTMConfig": "config",
+    "Embedder": "embedder",
+    "PRESETS": "config",
+    "PatchConfig": "config",
+    "TransformerConfig": "config",
+    "build_encoder": "nn.build",
+    "load_audio": "audio",
+    "load_checkpoint": "checkpoint",
+    "preset": "config",
+    "save_checkpoint": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

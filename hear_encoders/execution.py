@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from hear_encoders.nn.axlstm_folded import FoldedAxLSTM
 from hear_encoders.nn.axlstm_offline import OfflineEncoder
 from hear_encoders.nn.build import Encoder
 
+Result = TypeVar("Result")
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 # 2 s segments per forward pass, unless the caller chooses. On a CPU few are faster: they stay in the cache.
@@ -199,12 +200,37 @@ def encode_in_threads(encode: Callable[[Tensor], Tensor], frames: Tensor, thread
     return torch.cat([part.result() for part in encoded])
 
 
+def call_on_one_core(function: Callable[[], Result]) -> Result:
+    """Call a function in a thread in which torch uses one core, whatever is set for others, and return its result.
+
+    Right for many small operations: more threads would mostly wait for each other. Each calling thread gets one such
+    thread for itself, so that callers do not wait for each other. The function runs without the caller's thread-local
+    settings, such as inference mode or autocast. In a thread that has one core already, it is called directly; so it
+    is if no thread can be started, for example while the interpreter shuts down.
+    """
+    if torch.get_num_threads() == 1:
+        return function()
+    try:
+        if getattr(_own, "process", None) != os.getpid():  # a forked process inherits no threads
+            _own.pool, _own.process = _start_threads(1), os.getpid()
+        called = _own.pool.submit(function)
+    except RuntimeError:
+        return function()
+    return called.result()
+
+
+_own = threading.local()
 _pool_lock = threading.Lock()
 
 
 @lru_cache(maxsize=8)  # a few numbers of threads may be in use at a time
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Start threads in which torch uses one core each. A forked process needs its own: it inherits no threads.
+    """Return threads for all callers in a process. A forked process needs its own: it inherits no threads."""
+    return _start_threads(threads)
+
+
+def _start_threads(threads: int) -> ThreadPoolExecutor:
+    """Start threads in which torch uses one core each.
 
     `torch.set_num_threads` also changes the default for threads that start later. So a helper thread restores that
     default at once, and the caller's own setting is never touched.

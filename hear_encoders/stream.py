@@ -11,13 +11,14 @@ Letters in shape comments: B streams, T time steps, E embedding size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hear_encoders.checks import check_statistics, validate_audio, warn_if_loud
 from hear_encoders.embedder import Embedder
+from hear_encoders.execution import call_on_one_core
 from hear_encoders.framing import ExactFraming
 from hear_encoders.nn.axlstm import AxLSTMEncoder
 from hear_encoders.nn.axlstm_online import OnlineEncoder
@@ -64,7 +65,8 @@ class AxLSTMStream:
     the statistics of all steps up to and including itself. They continue across segments.
 
     The stream copies the weights, so later changes to the model have no effect on it. It always computes in float32.
-    Use each object from one thread at a time.
+    Use each object from one thread at a time. On a CPU it computes on one core, in a helper thread if torch is set to
+    use more; streams in several threads run side by side.
 
     Args:
         model: an AxLSTM without flip in exact framing, from `hear_axlstm.load_model`. The stream runs on its device.
@@ -195,12 +197,7 @@ class AxLSTMStream:
             batch, peak = validate_audio(samples, "samples")
         if not self._warned:  # loud audio stays loud
             self._warned = warn_if_loud(peak, "samples", stacklevel=3)
-        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
-            audio, first = self._with_kept(batch.to(self._device))
-            done, received = self._complete_steps(self._received), self._received + batch.shape[1]
-            frames = self._frames(audio, first, done, self._complete_steps(received) - done)
-            self._keep(audio, first, received)
-        embeddings, timestamps = self._embed(frames, done, last=False)
+        embeddings, timestamps = self._on_one_core(lambda: self._push(batch))
         return embeddings.to(samples.device), timestamps.to(_wide(samples.device)).to(samples.device)
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -210,14 +207,31 @@ class AxLSTMStream:
             As `push`, on the model's device. Usually at most one step; all of them during the warm-up of running
             statistics; none if nothing was pushed.
         """
+        embeddings, timestamps = self._on_one_core(self._finish)
+        self.reset()
+        return embeddings, timestamps.to(_wide(self._device)).to(self._device)
+
+    def _on_one_core(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Compute on one core: a step's operations are too small to share. A GPU needs no such care."""
+        return call_on_one_core(compute) if self._device.type == "cpu" else compute()
+
+    def _push(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Take valid samples (B, n) and embed the steps they complete, as `_embed`."""
+        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
+            audio, first = self._with_kept(batch.to(self._device))
+            done, received = self._complete_steps(self._received), self._received + batch.shape[1]
+            frames = self._frames(audio, first, done, self._complete_steps(received) - done)
+            self._keep(audio, first, received)
+        return self._embed(frames, done, last=False)
+
+    def _finish(self) -> tuple[Tensor, Tensor]:
+        """Embed the remaining steps, as `_embed`."""
         done = self._complete_steps(self._received)
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             audio, first = self._with_kept(torch.empty(self.streams, 0, dtype=torch.float32, device=self._device))
             steps = self._framing.step_count(self._received) if self._received else 0
             frames = self._frames(audio, first, done, steps - done)
-        embeddings, timestamps = self._embed(frames, done, last=True)
-        self.reset()
-        return embeddings, timestamps.to(_wide(self._device)).to(self._device)
+        return self._embed(frames, done, last=True)
 
     def _complete_steps(self, received: int) -> int:
         """Count the steps whose windows lie within this many samples. The first also needs the samples it reflects."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hear_encoders import Embedder, execution
-from hear_encoders.execution import Execution, encode_in_threads
+from hear_encoders.execution import Execution, call_on_one_core, encode_in_threads
 
 
 @pytest.fixture
@@ -209,6 +211,7 @@ def test_a_callers_own_number_of_threads_stays(torch_threads):
 
 def _in_a_fork(results: multiprocessing.SimpleQueue) -> None:
     results.put(encode_in_threads(lambda part: part + 1, torch.zeros(2), 2).tolist())
+    results.put(call_on_one_core(torch.get_num_threads))
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")
@@ -216,6 +219,7 @@ def _in_a_fork(results: multiprocessing.SimpleQueue) -> None:
 def test_a_forked_process_has_its_own_threads(torch_threads):
     torch_threads(2)
     encode_in_threads(lambda part: part, torch.zeros(2), 2)  # starts those of this process
+    call_on_one_core(int)
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     process = context.Process(target=_in_a_fork, args=(results,), daemon=True)
@@ -223,6 +227,51 @@ def test_a_forked_process_has_its_own_threads(torch_threads):
     process.join(60)
     assert process.exitcode == 0
     assert results.get() == [1, 1]
+    assert results.get() == 1
+
+
+def test_callers_of_one_core_run_side_by_side_and_nothing_is_changed(torch_threads):
+    torch_threads(3)
+    together, seen = threading.Barrier(2), []
+
+    def work() -> int:
+        together.wait(30)  # would break if the callers waited for each other
+        return torch.get_num_threads()
+
+    callers = [threading.Thread(target=lambda: seen.append(call_on_one_core(work))) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert seen == [1, 1]
+    workers = [call_on_one_core(threading.current_thread) for _ in range(2)]
+    assert workers[0] is workers[1] is not threading.current_thread()
+    assert call_on_one_core(lambda: call_on_one_core(threading.current_thread)) is workers[0]  # no deadlock
+    with pytest.raises(ZeroDivisionError):
+        call_on_one_core(lambda: 1 // 0)
+    assert torch.get_num_threads() == 3
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [3]
+    torch_threads(1)
+    assert call_on_one_core(threading.current_thread) is threading.current_thread()
+
+
+def test_threads_of_callers_that_ended_end_too(torch_threads):
+    torch_threads(2)
+    call_on_one_core(int)
+    before = threading.active_count()
+    for _ in range(3):
+        caller = threading.Thread(target=lambda: call_on_one_core(int))
+        caller.start()
+        caller.join()
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 9, 30])

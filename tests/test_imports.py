@@ -174,7 +174,7 @@ LAYERS = [
     ["hear_encoders.nn.patches", "hear_encoders.nn.mlstm_segment", "hear_encoders.nn.frontend"],
     ["hear_encoders.nn.mlstm"],
     ["hear_encoders.config"],
-    ["hear_encoders.files", "hear_encoders.console"],
+    ["hear_encoders.files", "hear_encoders.console", "hear_encoders.threads"],
 ]
 SELF_CONTAINED = {"benchmarks", "evaluation", "training", "training.corpora", "hear_encoders.cli"}
 OWN_PACKAGES = {name.partition(".")[0] for layer in LAYERS for name in layer}

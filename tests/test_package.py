@@ -168,9 +168,9 @@ def test_commands_are_declared(built: Built) -> None:
     entries = configparser.ConfigParser()
     entries.read_string(built.text("entry_points.txt"))
     assert dict(entries["console_scripts"]) == {
-        "hear-map": "hear_encoders.cli.map:main",
-        "hear-embed": "hear_encoders.cli.embed:main",
-        "hear-weights": "hear_encoders.cli.weights:main",
+        "hear-map": "hear_encoders.cli.entry:hear_map",
+        "hear-embed": "hear_encoders.cli.entry:hear_embed",
+        "hear-weights": "hear_encoders.cli.entry:hear_weights",
     }
 
 
@@ -218,7 +218,7 @@ def test_wheel_works_from_an_empty_directory_with_its_bundled_weights(built: Bui
 
 @pytest.fixture(scope="session")
 def scripts(site: Path) -> dict[str, Path]:
-    """Return the two commands' installed scripts by name."""
+    """Return the commands' installed scripts by name."""
     found = {path.stem: path for path in (site / ("Scripts" if os.name == "nt" else "bin")).iterdir()}
     assert sorted(found) == ["hear-embed", "hear-map", "hear-weights"]
     return found

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import hear_axlstm
 from hear_encoders import AxLSTMConfig, Embedder, PatchConfig, build_encoder
+from hear_encoders.nn.axlstm_online import OnlineEncoder
 
 STATISTICS = (-6.0, 3.5)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -66,6 +67,28 @@ def test_a_stream_equals_the_whole_clip(model, noise, samples):
     torch.testing.assert_close(embeddings, expected, **TOLERANCE)
     assert embeddings.dtype == torch.float32 and timestamps.dtype == torch.float64
     assert timestamps.tolist() == times.tolist()
+
+
+def test_a_stream_runs_on_one_core_whatever_torch_is_set_to(model, noise, monkeypatch):
+    before, cores, encode = torch.get_num_threads(), [], OnlineEncoder.__call__
+
+    def encoding(self, *arguments):
+        cores.append(torch.get_num_threads())
+        return encode(self, *arguments)
+
+    monkeypatch.setattr(OnlineEncoder, "__call__", encoding)
+    audio = noise(1, 8000)
+    expected, _ = run(hear_axlstm.stream(model), audio, [640])
+    try:
+        torch.set_num_threads(3)
+        stream = hear_axlstm.stream(model)
+        with torch.inference_mode(), torch.autocast("cpu"):
+            embeddings, _ = run(stream, audio, [640])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(cores) == {1} and len(cores) > 20
+    assert torch.equal(embeddings, expected)
 
 
 @pytest.mark.parametrize("blocks", [[10**6], [1, 2, 3, 31999, 5, 10**6], [160], [7777], [3000, 1]])

@@ -33,9 +33,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hear_encoders.checkpoint import load_checkpoint, resolve
-from hear_encoders.console import BAD_USAGE, print_error
+from hear_encoders.console import BAD_USAGE, positive, print_error
 from hear_encoders.execution import raise_mmap_threshold
 from hear_encoders.files import locked
+from hear_encoders.threads import use_threads
 from training.config import RunConfig, learning_rate_factor, load_run_config
 from training.corpora.shards import JoinedShards, ShardIndex
 from training.data import RowBatches, crop_loader, run_crops
@@ -360,6 +361,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=Path, metavar="SHARDS", help="shards to test on during training")
     parser.add_argument("--max-hours", type=float, help="save and stop after this long (max_hours=...)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available, else cpu")
+    parser.add_argument(
+        "--threads", type=positive(int), metavar="N", help="CPU threads; default: as many as this process may use"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     return parser.parse_args(arguments)
 
@@ -382,6 +386,7 @@ def prepare_trainer(options: argparse.Namespace, context: DistributedContext, st
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = parse_arguments(arguments)
+    use_threads(options.threads)
     context = join_processes(options.device)
     level = logging.INFO if context.is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)

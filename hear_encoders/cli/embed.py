@@ -221,6 +221,7 @@ def _embed_missing(
 def _embed_stream(options: argparse.Namespace) -> int:
     """Embed standard input as it arrives, one line of JSON per step, and return the exit code."""
     began = False
+    options.threads = options.threads or 1  # the products of a step are too small to share
     try:
         warm_up_s = DEFAULT_WARM_UP_S if options.warm_up is None else options.warm_up
         stream = AxLSTMStream(load_embedder(options), warm_up_s=warm_up_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +16,7 @@ from hear_encoders.execution import Precision, resolve_device, resolve_precision
 from hear_encoders.framing import FRAMINGS
 from hear_encoders.hear import EMBEDDINGS, HearModule
 from hear_encoders.pooling import POOLINGS
+from hear_encoders.threads import usable_cpus, use_threads
 
 MODELS = ("hear_audiomaepp", "hear_axlstm")
 
@@ -88,9 +88,15 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=positive(int),
-        default=min(8, os.cpu_count() or 1),
+        default=min(8, usable_cpus()),
         metavar="N",
         help="decoding threads; default: %(default)s",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive(int),
+        metavar="N",
+        help="CPU threads of the model; default: as many as this process may use, or 1 for a stream",
     )
 
 
@@ -105,7 +111,8 @@ def hear_module(name: str) -> HearModule:
 
 
 def load_embedder(options: argparse.Namespace) -> Embedder:
-    """Load the model selected by `add_embedding_arguments` and --model, on its device."""
+    """Set the CPU threads, and load the model selected by `add_embedding_arguments` and --model, on its device."""
+    use_threads(options.threads)
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = resolve_device(name)

@@ -379,6 +379,7 @@ def test_options_are_json_or_text(text, pair):
 @pytest.mark.parametrize("jobs, asked, threads", [(1, None, 8), (3, None, 2), (20, None, 1), (2, "1", 1), (2, "16", 4)])
 def test_processes_share_the_cores(monkeypatch, jobs, asked, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("hear_encoders.threads.cpu_quota", lambda: math.inf)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
