@@ -57,7 +57,6 @@ InputName = Literal["waveform", "logmel"]
 INSTALL = "pip install 'hear-audiomaepp[onnx]'"
 OPSET = 18
 MAX_BYTES = 2**31 - 1  # of a protobuf message
-MIN_WEIGHT = math.exp(LOG_WEIGHT_FLOOR[torch.float32])  # of a token, relative to the largest
 
 
 class LogMelGraph(nn.Module):
@@ -279,13 +278,15 @@ def _run_cell(
     # float64: sums over a segment may be large, and their differences matter.
     forgotten = log_f.double().cumsum(2)[..., None]  # (B, H, S, 1)
     g = log_i.double()[:, :, None] - forgotten.mT  # (B, H, 1, S)
+    base = g.amax(3, keepdim=True)  # cancels; without it, float32 is enough
+    g = (g - base).float()
     future = torch.arange(q.shape[2])[:, None] < torch.arange(q.shape[2])
     largest = g.masked_fill(future, -torch.inf).amax(3, keepdim=True)  # (B, H, S, 1)
     if state is not None:
-        before = state.stabilizer[:, :, None, None].double()
+        before = (state.stabilizer[:, :, None, None].double() - base).float()
         largest = torch.maximum(largest, before)
-    m = forgotten + largest
-    weights = _weights(g - largest).masked_fill(future, 0.0)  # (B, H, S, S)
+    m = forgotten + base + largest
+    weights = _weights(g - largest).tril()  # (B, H, S, S)
     v = torch.cat([v, torch.ones_like(v[..., :1])], dim=3)  # the ones sum up the normalizer
     read = (weights * (q @ k.mT)) @ v  # (B, H, S, K + 1)
     memory = stabilizer = None
@@ -299,8 +300,8 @@ def _run_cell(
 
 
 def _weights(log_weights: Tensor) -> Tensor:
-    """Return exp of relative log weights, float32, and exactly zero below a floor, as denormal numbers are slow."""
-    return F.threshold(log_weights.float().exp(), MIN_WEIGHT, 0.0)
+    """Return exp of relative log weights. The floor prevents denormal numbers; only the future lies above 0."""
+    return log_weights.clamp(LOG_WEIGHT_FLOOR[torch.float32], 0.0).exp()
 
 
 def _fold(encoder: AxLSTMEncoder, layers: Sequence[int] | None) -> nn.ModuleList:
