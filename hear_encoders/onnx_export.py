@@ -326,7 +326,7 @@ def export_onnx(
     """Write one graph, in float32.
 
     Args:
-        model: its framing must be exact. Its options `layer`, `pooling` and `statistics` go into the graph, or into
+        model: on the CPU, in exact framing. Its options `layer`, `pooling` and `statistics` go into the graph, or into
             its metadata as settings for the program around it; other options have no effect.
         path: the file; written atomically.
         part: "encoder" takes clips or segments of up to 2 s. "step" takes the next 40 ms of streams. "frontend" makes
