@@ -82,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="auto",
         help=f"auto is t-SNE for {TSNE_FILES.start} to {TSNE_FILES.stop - 1} files, else PCA; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the projection; default: %(default)s")
     parser.add_argument(
         "--depth",
         type=positive(int),
@@ -139,14 +138,14 @@ def _page(options: argparse.Namespace, prog: str) -> str:
         if absent := [file for file, url in zip(files, audio) if url is None]:
             found = f"{len(absent)} of {len(files)} audio files not found, such as {absent[0]}"
             print_error(prog, f"warning: {found}; --audio-root says where they are")
-    return render(sound_map(embeddings, audio, options.projection, options.seed, options.depth))
+    return render(sound_map(embeddings, audio, options.projection, options.depth))
 
 
 # ---- what the page shows ----
 
 
 def sound_map(
-    embeddings: Embeddings, audio: Sequence[str | None], projection: Projection = "auto", seed: int = 0, depth: int = 1
+    embeddings: Embeddings, audio: Sequence[str | None], projection: Projection = "auto", depth: int = 1
 ) -> dict[str, Any]:
     """Return what the page shows, as plain JSON values.
 
@@ -154,7 +153,6 @@ def sound_map(
         embeddings: N files.
         audio: each file's URL; None for one that cannot be heard.
         projection: how the map is made; "auto" as `TSNE_FILES` says.
-        seed: of the projection.
         depth: folders below the common one that determine a sound's color.
 
     Returns:
@@ -171,7 +169,7 @@ def sound_map(
     directions = centered_directions(embeddings.scenes)
     if projection == "auto":
         projection = "tsne" if len(names) in TSNE_FILES else "pca"
-    places = project(directions, projection, seed)
+    places = project(directions, projection)
     neighbors, similarity = nearest(directions, min(NEIGHBORS, len(names) - 1))
     steps = None
     if embeddings.steps is not None and embeddings.timestamps_ms is not None:
@@ -246,8 +244,8 @@ def nearest(directions: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]
     return rows, similarity
 
 
-def project(directions: np.ndarray, method: Literal["tsne", "pca"], seed: int) -> np.ndarray:
-    """Place rows (N, E) in two dimensions, (N, 2). The same seed gives the same places.
+def project(directions: np.ndarray, method: Literal["tsne", "pca"]) -> np.ndarray:
+    """Place rows (N, E) in two dimensions, (N, 2). The same rows get the same places.
 
     Raises:
         ValueError: t-SNE of fewer than three files.
@@ -264,9 +262,9 @@ def project(directions: np.ndarray, method: Literal["tsne", "pca"], seed: int) -
     components = min(TSNE_COMPONENTS if method == "tsne" else 2, *directions.shape)
     # One thread: t-SNE adds up across threads, in an order that varies; and its threads spin, slowly on a busy machine.
     with threadpool_limits(1):
-        places = PCA(components, random_state=seed).fit_transform(directions)
+        places = PCA(components, random_state=0).fit_transform(directions)
         if method == "tsne":
-            places = TSNE(perplexity=min(30, (count - 1) / 3), random_state=seed).fit_transform(places)
+            places = TSNE(perplexity=min(30, (count - 1) / 3), random_state=0).fit_transform(places)
             places = PCA(2).fit_transform(places)  # turns the map: screens are wide
     return np.pad(places, [(0, 0), (0, 2 - places.shape[1])])
 
