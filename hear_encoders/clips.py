@@ -1,19 +1,19 @@
 """Clips of many kinds, one after the other: what `Embedder.encode` accepts, and decoding ahead of the encoder.
 
 A clip is a path, an array or tensor, a row of a datasets table or a torchcodec decoder. Threads decode while the
-encoder runs, and batches hold clips of any length. The commands use the same decoding and batches.
+encoder runs, and batches hold clips of any length. The commands decode and batch files with the same functions.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hear_encoders.audio import BLOCK_FRAMES, duration_s, read_audio, to_16_khz
 from hear_encoders.checks import check_audio
+from hear_encoders.framing import Framing
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from hear_encoders.pcm import check_sample_rate
 
@@ -149,6 +150,80 @@ def _decoder_blocks(decoder: Any, name: str) -> Iterator[Tensor]:
     if samples.data.shape[-1] == 0:
         raise ValueError(f"{name}: holds no samples")
     return _array_blocks(samples.data.float().mean(0), float(samples.sample_rate))
+
+
+def number_clips(
+    pool: ThreadPoolExecutor, inputs: Iterable[Any], sampling_rate: float | None, single: bool
+) -> tuple[Iterable[tuple[float, tuple[int, Clip]]], int | None]:
+    """Return each clip with its seconds and its place, and the number of clips, if it is known.
+
+    A list is sorted by duration, so that last, shorter segments share forward passes too.
+
+    Raises:
+        TypeError: not several clips. Errors of `as_clip` come now for a list, later for an iterator.
+    """
+
+    def clip_at(place: int, given: Any) -> tuple[float, tuple[int, Clip]]:
+        clip = as_clip(given, "audio" if single else f"inputs[{place}]", sampling_rate)
+        return clip.seconds, (place, clip)
+
+    if not isinstance(inputs, Iterable):
+        raise TypeError(f"expected {KINDS}, or a list or iterator of these; got {type(inputs).__name__}")
+    if isinstance(inputs, (list, tuple)):
+        clips = list(pool.map(clip_at, range(len(inputs)), inputs))
+        return sorted(clips, key=lambda clip: clip[0]), len(inputs)
+    return (clip_at(*numbered) for numbered in enumerate(inputs)), len(inputs) if isinstance(inputs, Sized) else None
+
+
+class BatchEmbedder(Protocol):
+    """What `embed_clips` needs of an `Embedder`."""
+
+    framer: Framing
+
+    def embed_batches(self, batches: Sequence[Tensor], per_step: bool) -> list[Tensor]: ...
+
+    def embed_blocks(self, read: Callable[[], Iterable[Tensor]], per_step: bool, name: str) -> tuple[Tensor, int]: ...
+
+
+def embed_clips(
+    embedder: BatchEmbedder,
+    pool: ThreadPoolExecutor,
+    clips: Iterable[tuple[float, tuple[int, Clip]]],
+    timestamps: bool,
+    batch_seconds: float,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Embed clips in batches, and long ones in blocks.
+
+    Args:
+        pool: decodes ahead.
+        clips: from `number_clips`.
+
+    Yields:
+        Each clip's place, number of samples at 16 kHz, and embedding (1, E) or (1, T, E) on the CPU, in any order.
+    """
+
+    def load(numbered: tuple[int, Clip]) -> Tensor | None:  # None: to be read in blocks
+        return None if numbered[1].seconds > LONG_S and embedder.framer.is_local else numbered[1].load()
+
+    encoded: deque[tuple[list[tuple[int, int]], CopyToCPU]] = deque()
+
+    def oldest() -> Iterator[tuple[int, int, Tensor]]:
+        sizes, copies = encoded.popleft()
+        yield from ((*size, embedding) for size, embedding in zip(sizes, copies.wait()))
+
+    for batch in in_batches(decode_ahead(pool, load, clips, 2 * batch_seconds), batch_seconds):
+        loaded = [(place, clip, future.result()) for (place, clip), future in batch]
+        whole = [(place, audio) for place, _, audio in loaded if audio is not None]
+        embeddings = embedder.embed_batches([audio for _, audio in whole], timestamps)
+        encoded.append(([(place, audio.shape[1]) for place, audio in whole], CopyToCPU(embeddings)))
+        if len(encoded) > 1:  # a GPU goes on with this batch while the previous one is used
+            yield from oldest()
+        for place, clip, audio in loaded:
+            if audio is None:
+                embedding, samples = embedder.embed_blocks(partial(prefetch, pool, clip.blocks), timestamps, clip.name)
+                yield place, samples, embedding
+    while encoded:
+        yield from oldest()
 
 
 def prefetch(pool: ThreadPoolExecutor, read: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:

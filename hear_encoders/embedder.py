@@ -8,10 +8,9 @@ forward pass. Letters in shape comments: B clips, F frames, T time steps, E embe
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -28,7 +27,7 @@ from hear_encoders.checks import (
     validate_audio,
     warn_if_loud,
 )
-from hear_encoders.clips import KINDS, LONG_S, Clip, CopyToCPU, as_clip, decode_ahead, in_batches, is_clip, prefetch
+from hear_encoders.clips import embed_clips, is_clip, number_clips
 from hear_encoders.execution import CPU_SEGMENTS, Execution, Precision, raise_mmap_threshold
 from hear_encoders.framing import FRAMINGS, FramingName, Segment
 from hear_encoders.nn.build import Encoder
@@ -210,7 +209,7 @@ class Embedder(nn.Module):
         if lengths is not None:
             counts = check_lengths(lengths, *batch.shape)
             rows = {count: [row for row, own in enumerate(counts) if own == count] for count in sorted(set(counts))}
-            padding = torch.arange(batch.shape[1]) >= torch.tensor(counts)[:, None]
+            padding = torch.arange(batch.shape[1], device="cpu") >= torch.tensor(counts, device="cpu")[:, None]
             batch = batch.masked_fill(padding.to(batch.device), 0)
         check_audio(batch)
         self._check_weights(stacklevel=5)
@@ -223,7 +222,8 @@ class Embedder(nn.Module):
             first_steps += [
                 row * steps + index * self.encoder.config.patches.steps for row in own for index in range(per_clip)
             ]
-        result = torch.zeros(len(batch) * steps, self.timestamp_embedding_size, device=self.device)
+        size = (len(batch) * steps, self.timestamp_embedding_size)
+        result = torch.zeros(size, dtype=torch.float32, device=self.device)
         for indices, embeddings in self._encode(segments):
             first = torch.tensor([first_steps[index] for index in indices], device="cpu")
             row = (first[:, None] + torch.arange(embeddings.shape[1], device="cpu")).flatten()
@@ -292,41 +292,17 @@ class Embedder(nn.Module):
             raise ValueError(f"batch_seconds must be a number of seconds above 0, got {batch_seconds!r}")
         single = is_clip(inputs)
         results: dict[int, Any] = {}
-
-        def load(numbered: tuple[int, Clip]) -> Tensor | None:  # None: to be read in blocks
-            return None if numbered[1].seconds > LONG_S and self.framer.is_local else numbered[1].load()
-
-        def keep(place: int, samples: int, embedding: Tensor) -> None:
-            values = embedding[0].numpy()
-            if normalize:
-                values = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-            results[place] = (values, self.timestamps_ms(samples).numpy()) if timestamps else values
-
-        def keep_batch(whole: list[tuple[int, int]], embeddings: CopyToCPU) -> None:
-            for (place, samples), embedding in zip(whole, embeddings.wait()):
-                keep(place, samples, embedding)
-            bar.update(len(whole))
-
         with ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="hear_encoders.decode") as pool:
-            clips, count = _numbered_clips(pool, [inputs] if single else inputs, sampling_rate, single)
-            decoded = decode_ahead(pool, load, clips, 2 * batch_seconds)
-            encoded: deque[tuple[list[tuple[int, int]], CopyToCPU]] = deque()
-            with _progress_bar(count, False if single and show_progress_bar is None else show_progress_bar) as bar:
-                for batch in in_batches(decoded, batch_seconds):
-                    loaded = [(place, clip, future.result()) for (place, clip), future in batch]
-                    whole = [(place, audio) for place, _, audio in loaded if audio is not None]
-                    embeddings = self.embed_batches([audio for _, audio in whole], timestamps)
-                    encoded.append(([(place, audio.shape[1]) for place, audio in whole], CopyToCPU(embeddings)))
-                    if len(encoded) > 1:  # while a GPU encodes this batch, the previous one is kept
-                        keep_batch(*encoded.popleft())
-                    for place, clip, audio in loaded:
-                        if audio is None:
-                            read = partial(prefetch, pool, clip.blocks)
-                            embedding, samples = self.embed_blocks(read, timestamps, name=clip.name)
-                            keep(place, samples, embedding)
-                            bar.update(1)
-                for rest in encoded:
-                    keep_batch(*rest)
+            clips, count = number_clips(pool, [inputs] if single else inputs, sampling_rate, single)
+            show = False if single and show_progress_bar is None else show_progress_bar
+            with _progress_bar(count, show) as bar:
+                for place, samples, embedding in embed_clips(self, pool, clips, timestamps, batch_seconds):
+                    values = embedding[0].numpy()
+                    if normalize:
+                        length = np.linalg.norm(values, axis=-1, keepdims=True)
+                        values = values / np.maximum(length, np.finfo(np.float32).tiny)
+                    results[place] = (values, self.timestamps_ms(samples).numpy()) if timestamps else values
+                    bar.update()
         in_order = [results[place] for place in range(len(results))]
         if single:
             return in_order[0]
@@ -470,26 +446,6 @@ class Embedder(nn.Module):
                 f"precision={self.precision!r} takes several times as long as 'float32' on a CPU without AVX-512",
                 stacklevel=stacklevel,
             )
-
-
-def _numbered_clips(
-    pool: ThreadPoolExecutor, inputs: Iterable[Any], sampling_rate: float | None, single: bool
-) -> tuple[Iterable[tuple[float, tuple[int, Clip]]], int | None]:
-    """Yield each clip with its seconds and its place; return these and the number of clips, if known.
-
-    A list is sorted by duration, so that last, shorter segments share forward passes too.
-    """
-
-    def clip_at(place: int, given: Any) -> tuple[float, tuple[int, Clip]]:
-        clip = as_clip(given, "audio" if single else f"inputs[{place}]", sampling_rate)
-        return clip.seconds, (place, clip)
-
-    if not isinstance(inputs, Iterable):
-        raise TypeError(f"expected {KINDS}, or a list or iterator of these; got {type(inputs).__name__}")
-    if isinstance(inputs, (list, tuple)):
-        clips = list(pool.map(clip_at, range(len(inputs)), inputs))
-        return sorted(clips, key=lambda clip: clip[0]), len(inputs)
-    return (clip_at(*numbered) for numbered in enumerate(inputs)), len(inputs) if isinstance(inputs, Sized) else None
 
 
 def _progress_bar(count: int | None, show: bool | None) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 
-from hear_encoders import clips, embedder, load_audio
+from hear_encoders import clips, load_audio
 from hear_encoders.clips import decode_ahead
 
 LENGTHS = [16000, 1, 70001, 480, 16000, 32000, 100, 31999]
@@ -140,7 +140,7 @@ def test_a_long_clip_is_read_in_blocks_and_equals_the_whole(small_embedder, reco
         [recordings[0], noise(1, 250_001)[0], recordings[1], noise(1, 900)[0]],
     )
     expected = model.encode(given, timestamps=timestamps)
-    monkeypatch.setattr(embedder, "LONG_S", 1.1)
+    monkeypatch.setattr(clips, "LONG_S", 1.1)
     monkeypatch.setattr(clips, "BLOCK_FRAMES", 5000)
     whole = []
     embed_batches = model.embed_batches
