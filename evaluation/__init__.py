@@ -11,7 +11,7 @@
     report, tables, page     results as HTML, Markdown and CSV
     probe                    quick comparison of weights on validation clips, without hear-eval-kit
     baselines, hear_naive    HEAR modules to compare with
-    peers                    and those of other authors, through transformers
+    peers                    and those of other authors, through the packages that load them
     functionals              another one; needs openSMILE, which is for research only
     open_tasks/              small HEAR tasks from freely licensed recordings
 
