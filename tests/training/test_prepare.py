@@ -249,6 +249,7 @@ def test_a_list_selects_files_by_id_and_cuts_them(tmp_path: Path) -> None:
     )
     outcome = prepare(folder, tmp_path / "shards", "--csv", excerpts, "--jobs", 1)
     assert outcome.code == 0, outcome.err
+    assert "1 of 3 listed clips have no audio file: not_there" in outcome.err
     index = ShardIndex.open(outcome.path)
     records = [index.record(i) for i in range(len(index))]
     assert sorted((record.source, record.start_s, record.duration_s) for record in records) == [
@@ -259,6 +260,59 @@ def test_a_list_selects_files_by_id_and_cuts_them(tmp_path: Path) -> None:
     ]
     for i, record in enumerate(records):
         assert_near(index.read(i), expected_values(folder, record.source, record.start_s, record.duration_s))
+
+
+def test_audiosets_layout_with_missing_and_broken_clips(tmp_path: Path) -> None:
+    """Clips are in a folder per list, cut already or not, in the formats that downloads have."""
+    folder = tmp_path / "audioset"
+    lists = {
+        "unbalanced_train": {
+            "---1_cCGK4M": (0, 10),
+            "---2_BBVHAA": (30, 40),
+            "-0FHUc78Gqo": (20, 30),
+            "gone000gone": (0, 10),
+        },
+        "balanced_train": {"--4gqARaEJE": (0, 10), "-0SdAVK79lg": (420, 430)},
+        "eval": {"--4PRwhSeB8": (30, 40)},
+    }
+    for name, clips in lists.items():
+        lines = [f'{clip}, {start:.3f}, {end:.3f}, "/m/04rlf,/m/09x0r"' for clip, (start, end) in clips.items()]
+        header = [
+            "# Segments csv created Sun Mar  5 10:54:31 2017",
+            "# num_ytids=3, num_segs=3",
+            "# YTID, start_seconds",
+        ]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}_segments.csv").write_text("\n".join([*header, *lines]) + "\n")
+    write_noise(folder / "unbalanced_train/---1_cCGK4M.flac", 16_000, 1, 160_000)
+    write_noise(folder / "unbalanced_train/---2_BBVHAA_30.000.wav", 44_100, 2, 441_000)  # cut already
+    write_noise(folder / "unbalanced_train/-0FHUc78Gqo.ogg", 16_000, 1, 16_000 * 35)  # the whole video
+    (folder / "balanced_train").mkdir()
+    (folder / "balanced_train/--4gqARaEJE.flac").write_bytes(b"")  # a download that failed
+    write_noise(folder / "balanced_train/-0SdAVK79lg_420.000_430.000.wav", 16_000, 1, 16_000 * 9)  # a short video
+    write_noise(folder / "eval/--4PRwhSeB8_30.wav", 16_000, 1, 160_000)
+
+    train = [
+        word for name in ("unbalanced_train", "balanced_train") for word in ("--csv", folder / f"{name}_segments.csv")
+    ]
+    outcome = prepare(folder, tmp_path / "shards", *train, "--jobs", 1)
+    assert outcome.code == 1
+    assert "1 of 6 listed clips have no audio file: gone000gone" in outcome.err
+    failed = [line for line in outcome.err.splitlines() if "failed: " in line]
+    assert len(failed) == 1 and "balanced_train/--4gqARaEJE.flac" in failed[0]
+    index = ShardIndex.open(outcome.path)
+    records = [index.record(i) for i in range(len(index))]
+    assert sorted((record.source, record.start_s, record.duration_s) for record in records) == [
+        ("balanced_train/-0SdAVK79lg_420.000_430.000.wav", 0.0, 9.0),
+        ("unbalanced_train/---1_cCGK4M.flac", 0.0, 10.0),
+        ("unbalanced_train/---2_BBVHAA_30.000.wav", 0.0, 10.0),
+        ("unbalanced_train/-0FHUc78Gqo.ogg", 20.0, 10.0),
+    ]
+    for i, record in enumerate(records):
+        assert_near(index.read(i), expected_values(folder, record.source, record.start_s, record.duration_s))
+    # The same lists in another order are the same corpus; one list is another.
+    assert "4 records" in prepare(folder, tmp_path / "shards", *train[2:], *train[:2], "--jobs", 1).out
+    assert prepare(folder, tmp_path / "shards", *train[:2], "--jobs", 1).code == 2
 
 
 @pytest.mark.parametrize(

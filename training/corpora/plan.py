@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -51,16 +51,26 @@ class Plan:
     shards: list[list[Recording]]
 
 
-def read_excerpts(path: str | os.PathLike[str]) -> dict[str, list[Excerpt]]:
-    """Read a list in AudioSet's format (`unbalanced_train_segments.csv`): excerpts by YouTube id.
+def read_excerpts(*paths: str | os.PathLike[str]) -> dict[str, list[Excerpt]]:
+    """Read lists in AudioSet's format (`unbalanced_train_segments.csv`): excerpts by YouTube id.
 
     Its lines are `YTID, start_seconds, end_seconds, labels`, or comments that begin with `#`.
 
     Raises:
-        OSError: the list cannot be read.
-        ValueError: a malformed line, or no excerpts.
+        OSError: a list cannot be read.
+        ValueError: a malformed line, or a list without excerpts.
     """
     excerpts: dict[str, list[Excerpt]] = {}
+    for path in paths:
+        found = list(_read_list(path))
+        if not found:
+            raise ValueError(f"{path} lists no excerpts")
+        for name, excerpt in found:
+            excerpts.setdefault(name, []).append(excerpt)
+    return excerpts
+
+
+def _read_list(path: str | os.PathLike[str]) -> Iterator[tuple[str, Excerpt]]:
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip() or line.startswith("#"):
@@ -74,10 +84,7 @@ def read_excerpts(path: str | os.PathLike[str]) -> dict[str, list[Excerpt]]:
                 raise ValueError(
                     f"{path}, line {number}: expected YTID, start_seconds, end_seconds, labels; got {line.strip()!r}"
                 ) from error
-            excerpts.setdefault(name.strip(), []).append(excerpt)
-    if not excerpts:
-        raise ValueError(f"{path} lists no excerpts")
-    return excerpts
+            yield name.strip(), excerpt
 
 
 def select(files: Sequence[AudioFile], excerpts: dict[str, list[Excerpt]] | None) -> list[Recording]:
@@ -95,21 +102,28 @@ def select(files: Sequence[AudioFile], excerpts: dict[str, list[Excerpt]] | None
     for file in files:
         wanted: tuple[Excerpt, ...] = ()
         if excerpts is not None:
-            listed = next((excerpts[name] for name in _possible_ids(file.path.stem) if name in excerpts), None)
+            listed = _find_id(file.path.stem, excerpts)
             if listed is None:
                 continue
-            wanted = tuple(sorted(set(listed)))
+            wanted = tuple(sorted(set(excerpts[listed])))
         recordings.append(Recording(file.name, file.path.stat().st_size, wanted))
     if not recordings:
         raise ValueError(f"none of the {len(files)} audio files is in the list")
     return recordings
 
 
-def _possible_ids(stem: str) -> Iterator[str]:
-    """Yield the stem, then the part before each `_`, longest first: ids themselves may contain `_`."""
-    yield stem
-    for match in reversed(list(re.finditer("_", stem))):
-        yield stem[: match.start()]
+def missing_ids(files: Sequence[AudioFile], excerpts: dict[str, list[Excerpt]]) -> list[str]:
+    """Return the listed ids that no file belongs to, sorted."""
+    return sorted(excerpts.keys() - {_find_id(file.path.stem, excerpts) for file in files})
+
+
+def _find_id(stem: str, excerpts: Container[str]) -> str | None:
+    """Return the listed id that a file's name stands for: the stem, or else the longest part before a `_`.
+
+    Ids themselves may contain `_`.
+    """
+    ends = [len(stem), *(match.start() for match in reversed(list(re.finditer("_", stem))))]
+    return next((stem[:end] for end in ends if stem[:end] in excerpts), None)
 
 
 def cut(samples: int, excerpts: Sequence[Excerpt], record_samples: int) -> Iterator[tuple[int, int]]:

@@ -39,6 +39,7 @@ from training.corpora.plan import (
     Recording,
     cut,
     digest,
+    missing_ids,
     read_excerpts,
     read_or_make_plan,
     samples_per_record,
@@ -47,10 +48,13 @@ from training.corpora.plan import (
 from training.corpora.shards import FORMAT_VERSION, INDEX_FILE, frontend_settings, shard_name, sidecar_name
 from training.corpora.workers import check_stopped, run_in_workers, sigterm_interrupts
 
+MISSING_NAMED = 5  # of listed clips without a file
+
 _EPILOG = """\
 examples:
   python -m training.corpora.prepare music/ speech/ shards/
-  python -m training.corpora.prepare audioset/ shards/ --csv unbalanced_train_segments.csv --jobs 16
+  python -m training.corpora.prepare audioset/ shards/ --jobs 16 \\
+      --csv unbalanced_train_segments.csv --csv balanced_train_segments.csv
 
 Run the same command again to continue after an interruption: finished shards are kept. Exit codes: 0 all files are in
 the shards; 1 some files could not be read, or the run had to stop; 2 bad usage, nothing was done; 130 interrupted.
@@ -69,7 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sources", nargs="+", metavar="SOURCE", help="folder (searched recursively), audio file or glob pattern"
     )
     parser.add_argument("out_dir", type=output_path, metavar="OUT_DIR", help="folder for the shards")
-    parser.add_argument("--csv", type=Path, help="prepare only the excerpts in this list, in AudioSet's format")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        action="append",
+        metavar="LIST.csv",
+        help="prepare only the excerpts in this list, in AudioSet's format; may be repeated",
+    )
     parser.add_argument(
         "--record-seconds", type=float, default=10.0, metavar="S", help="length of a record; default: %(default)s"
     )
@@ -103,13 +113,17 @@ def _prepare(prog: str, options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         try:
             root, files = find_audio(options.sources)
-            recordings = select(files, read_excerpts(options.csv) if options.csv else None)
+            excerpts = read_excerpts(*options.csv) if options.csv else None
+            recordings = select(files, excerpts)
             out_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out_dir))
             plan = read_or_make_plan(out_dir, _settings(options), root, recordings, options.jobs)
         except (OSError, ValueError) as error:
             print_error(prog, f"error: {error}")
             return BAD_USAGE
+        if excerpts is not None and (missing := missing_ids(files, excerpts)):
+            names = ", ".join(missing[:MISSING_NAMED]) + (", ..." if len(missing) > MISSING_NAMED else "")
+            print_error(prog, f"{len(missing)} of {len(excerpts)} listed clips have no audio file: {names}")
         todo = [number for number in range(len(plan.shards)) if not _is_done(out_dir, number)]
         try:
             _remove_leftovers(out_dir)
@@ -133,11 +147,17 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return everything besides the audio files that determines the shards."""
     return {
         "sources": sorted(os.path.abspath(source) for source in options.sources),
-        "csv": hashlib.sha256(options.csv.read_bytes()).hexdigest() if options.csv else None,
+        "csv": _hash_lists(options.csv) if options.csv else None,
         "record_seconds": options.record_seconds,
         "shard_records": options.shard_records,
         "frontend": frontend_settings(),
     }
+
+
+def _hash_lists(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 of one list, or of the lists' hashes, in any order."""
+    hashes = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _make_shards(prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[int], jobs: int) -> None:
