@@ -3,6 +3,7 @@
 import hear_audiomaepp
 
 model = hear_audiomaepp.load_model()
+embeddings = model.encode(["a.wav", "b.mp3"])  # or arrays, of any lengths; NumPy arrays (2, size)
 embeddings = hear_audiomaepp.get_scene_embeddings(audio, model)  # (clips, samples) -> (clips, size)
 embeddings, timestamps_ms = hear_audiomaepp.get_timestamp_embeddings(audio, model)
 """

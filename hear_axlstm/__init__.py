@@ -3,6 +3,7 @@
 import hear_axlstm
 
 model = hear_axlstm.load_model()
+embeddings = model.encode(["a.wav", "b.mp3"])  # or arrays, of any lengths; NumPy arrays (2, size)
 embeddings = hear_axlstm.get_scene_embeddings(audio, model)  # (clips, samples) -> (clips, size)
 embeddings, timestamps_ms = hear_axlstm.get_timestamp_embeddings(audio, model)
 

@@ -7,6 +7,7 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user d
     onnx_export                 models as ONNX graphs, for programs without PyTorch
     stream                      AxLSTM on audio that is still arriving
     embedder                    the object that load_model returns
+    clips                       files, arrays and rows of tables, decoded ahead of the encoder
     framing, pooling            clip -> segments -> time steps -> scene embedding
     execution                   which implementation encodes a batch: precision, compile, CPU threads
     nn                          the encoders: front end, patches, transformer, mLSTM, AxLSTM and its fast forms
