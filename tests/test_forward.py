@@ -113,3 +113,17 @@ def test_bad_audio_is_refused(small_embedder, noise):
     with pytest.raises(ValueError, match=r"do not fit lengths \[20000\]"):
         model = small_embedder()
         model.pool(model(noise(1, 2000)), [20000])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_steps_and_gradients_of_the_cpu(small_encoder, noise):
+    audio, results = padded(noise), []
+    for device in ("cpu", "cuda"):
+        model = Embedder(small_encoder, precision="float32").to(device)
+        model.zero_grad()
+        scenes = model.pool(model(audio, LENGTHS), LENGTHS)
+        scenes.square().sum().backward()
+        gradient = model.encoder.patch_projection.weight.grad.cpu()
+        results.append((scenes.detach(), gradient / gradient.norm(), torch.from_numpy(model.encode(list(audio)))))
+    for cpu, cuda in zip(*results):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-3)
