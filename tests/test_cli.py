@@ -1311,6 +1311,14 @@ def read_terminal(terminal: int) -> bytes:
     return shown
 
 
+def test_without_a_terminal_progress_is_a_line_now_and_then(embed, recordings, workplace, monkeypatch) -> None:
+    monkeypatch.setattr("hear_encoders.console._SECONDS_BETWEEN_LINES", 0)
+    outcome = embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1)
+    assert outcome.code == 0
+    counts = [re.match(r"hear-embed: +\d+% (\d/5) ", line)[1] for line in outcome.err.splitlines()]
+    assert counts == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+
+
 def test_no_progress_bar_without_a_terminal(embed, recordings, workplace) -> None:
     assert embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1).err == ""
 

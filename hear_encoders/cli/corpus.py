@@ -48,7 +48,7 @@ def embed_files(
     timestamps: bool = False,
     batch_seconds: float = 120.0,
     jobs: int = 4,
-    on_done: Callable[[int], None] = lambda count: None,
+    on_done: Callable[[int], object] = lambda count: None,
 ) -> list[Failure]:
     """Embed files and add the embeddings to `output`, which the caller closes or aborts.
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from tqdm import tqdm
 
 from hear_encoders import __version__
 from hear_encoders.audio import AudioFile, Search, probe_s, search_audio, summarize
@@ -25,6 +24,7 @@ from hear_encoders.console import (
     positive,
     print_error,
     print_line,
+    progress,
     warnings_as_messages,
 )
 from hear_encoders.embedder import Embedder
@@ -139,7 +139,7 @@ def _list_files(options: argparse.Namespace) -> int:
         for other in search.left_out:
             print_line(f"{'-':>10}    {other.path}: left out")
         readable = len(search.files) - unreadable
-        print_line(f"{total_s:>10.2f} s  in {readable} files ({total_s / 3600:.2f} hours)")
+        print_line(f"{total_s:>10.2f} s  in {_files(readable)} ({total_s / 3600:.2f} hours)")
         sys.stdout.flush()  # here, where a broken pipe is caught
     except BrokenPipeError:
         discard_stdout()
@@ -147,8 +147,12 @@ def _list_files(options: argparse.Namespace) -> int:
     for line in summarize(search.left_out):
         print_error(options.prog, line)
     if unreadable:
-        print_error(options.prog, f"{unreadable} files cannot be read")
+        print_error(options.prog, f"{_files(unreadable)} cannot be read")
     return FAILED if unreadable or search.left_out else 0
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'' if count == 1 else 's'}"
 
 
 def _probe(file: AudioFile) -> float | str:
@@ -179,7 +183,7 @@ def _embed_missing(
 ) -> int:
     """Embed the files, out of those found, that the output lacks, and return the exit code."""
     try:
-        with tqdm(total=len(missing), unit="file", disable=None) as bar:  # None: only on a terminal
+        with progress(len(missing), "file", options.prog) as advance:
             failures = embed_files(
                 embedder,
                 missing,
@@ -187,7 +191,7 @@ def _embed_missing(
                 timestamps=options.timestamps,
                 batch_seconds=options.batch_seconds,
                 jobs=options.jobs,
-                on_done=bar.update,
+                on_done=advance,
             )
         done = len(missing) - len(failures)
         if done:
