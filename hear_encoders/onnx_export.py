@@ -378,6 +378,7 @@ def _graph(model: Embedder, part: PartName, input: InputName) -> Graph:
         frames = {"frames": torch.zeros(2, 3 * patches.patch_frames, BANDS)}
         sizes = {"frames": {0: batch, 1: patches.patch_frames * torch.export.Dim("steps")}}
         return Graph(EncoderGraph(model), frames, sizes, embeddings)
+    streamable_encoder(model)  # raises if it is none
     if input == "waveform" and model.statistics is None:
         raise ValueError("steps from waveforms need statistics: give [mean, standard deviation] of log-mel")
     step = StepGraph(model, input == "waveform")
