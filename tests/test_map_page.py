@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from hear_encoders.cli import map as hear_map
 from hear_encoders.cli.map import centered_directions, project
@@ -87,6 +88,7 @@ def open_page(browser):
 
     def load(path: Path, width: int = 1200, scheme: str = "light"):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        context.set_default_timeout(60_000)
         page = context.new_page()
         page.problems, page.requests = [], []
         page.on("console", lambda message: page.problems.append(message.text))
@@ -260,6 +262,25 @@ def test_a_file_that_is_not_there_is_said(site, open_page, tmp_path, capsys):
     click_point(page, 2)
     assert "not found" in page.locator("#problem").inner_text()
     assert not page.locator("#audio").is_visible()
+
+
+def test_a_file_that_the_browser_cannot_play_is_said(open_page, tmp_path):
+    paths = [str(tmp_path / name) for name in ("gone.wav", "noise.aiff", "till.wav")]
+    soundfile.write(paths[1], np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
+    for path in (paths[0], paths[2]):
+        shutil.copy(EXAMPLES / "till.wav", path)
+    np.savez(tmp_path / "scenes.npz", paths=paths, embeddings=np.eye(3, dtype=np.float32))
+    assert hear_map.main([str(tmp_path / "scenes.npz"), "-o", str(tmp_path / "map.html")]) == 0
+    os.remove(paths[0])
+    page = open_page(tmp_path / "map.html")
+    for row in (0, 1):
+        click_point(page, row)
+        wait_until(page, "!byId('problem').hidden")
+        assert "--embed-audio" in page.locator("#problem").inner_text()
+    click_point(page, 2)
+    wait_until_it_plays(page)
+    assert not page.locator("#problem").is_visible()
+    page.problems = [line for line in page.problems if "ERR_FILE_NOT_FOUND" not in line]
 
 
 def test_the_same_embeddings_give_the_same_page(site, tmp_path):

@@ -207,6 +207,7 @@ function showProblem(text) {
 }
 
 function explainAudioError() {
+  if (data.audio[chosen] === null) return; // of the sound before
   const embedded = data.audio[chosen].startsWith("data:");
   showProblem(
     embedded ? "This browser cannot play the sound."
