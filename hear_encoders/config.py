@@ -7,6 +7,7 @@ belong to `hear_encoders.embedder.Embedder`. Nothing here needs torch.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -22,6 +23,33 @@ InputGate = Literal["exponential", "sigmoid"]
 # Fields that config.json files written before them lack, with the value that a missing one means.
 ADDED_FIELDS = {"position_table": "sincos"}
 
+# What transformers writes into a config.json (see `hear_encoders.adapters.folder`); it means nothing here.
+TRANSFORMERS_FIELDS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}
+
+# Bounds, far above any sensible encoder, so that a damaged or hostile config.json cannot ask for absurd memory and time.
+# They keep the position table below 300 MB.
+LARGEST = {
+    "dim": 8192,
+    "depth": 1000,
+    "heads": 8192,
+    "expansion": 64,
+    "conv_kernel": 1024,
+    "projection_block": 8192,
+    "chunk_frames": 100_000,
+    "bands": 1024,
+    "patch_frames": 100_000,
+    "patch_bands": 1024,
+    "patches": 8192,
+}
+MOST_PARAMETERS = 10**10
+
+
+def shorten(value: object) -> str:
+    """Return a value as text for an error: its beginning and end, if it is long, whatever its size and depth."""
+    if type(value) is int and value.bit_length() > 100:  # Python refuses to print more than 4300 digits
+        return f"an integer of {value.bit_length()} bits"
+    return reprlib.repr(value)
+
 
 def _check_types(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
@@ -29,15 +57,18 @@ def _check_types(config: Any) -> None:
         label = f"{type(config).__name__}.{name}"
         if get_origin(hint) is Literal:
             if value not in get_args(hint):
-                raise ValueError(f"{label} must be one of {', '.join(map(repr, get_args(hint)))}; got {value!r}")
+                raise ValueError(f"{label} must be one of {', '.join(map(repr, get_args(hint)))}; got {shorten(value)}")
         elif type(value) is not hint:  # exact: isinstance(True, int) holds
-            raise TypeError(f"{label} must be {hint.__name__}, got {value!r}")
+            raise TypeError(f"{label} must be {hint.__name__}, got {shorten(value)}")
 
 
-def _check_positive(config: Any, *names: str) -> None:
+def _check_sizes(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{type(config).__name__}.{name} must be at least 1, got {getattr(config, name)}")
+        value, label = getattr(config, name), f"{type(config).__name__}.{name}"
+        if value < 1:
+            raise ValueError(f"{label} must be at least 1, got {shorten(value)}")
+        if value > LARGEST[name]:
+            raise ValueError(f"{label} must be at most {LARGEST[name]}, got {shorten(value)}")
 
 
 def _check_divides(config: Any, whole: str, part: str) -> None:
@@ -50,6 +81,13 @@ def _check_divides(config: Any, whole: str, part: str) -> None:
 def _check_sincos_dim(dim: int) -> None:
     if dim % 4:
         raise ValueError(f"dim must be divisible by 4 (sines and cosines of two axes), got {dim}")
+
+
+def _check_parameters(config: EncoderConfig) -> None:
+    if config.parameters > MOST_PARAMETERS:
+        raise ValueError(
+            f"{type(config).__name__}: {config.parameters:.2e} parameters are more than {MOST_PARAMETERS:.0e}"
+        )
 
 
 @dataclass(frozen=True)
@@ -74,9 +112,10 @@ class PatchConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_positive(self, "chunk_frames", "bands", "patch_frames", "patch_bands")
+        _check_sizes(self, "chunk_frames", "bands", "patch_frames", "patch_bands")
         _check_divides(self, "chunk_frames", "patch_frames")
         _check_divides(self, "bands", "patch_bands")
+        _check_sizes(self, "patches")
 
     @property
     def steps(self) -> int:
@@ -130,7 +169,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_positive(self, "dim", "depth", "heads")
+        _check_sizes(self, "dim", "depth", "heads")
         _check_divides(self, "dim", "heads")
         _check_sincos_dim(self.dim)
         if self.rope != "none":
@@ -144,6 +183,17 @@ class TransformerConfig:
             raise ValueError("TransformerConfig.position_table = 'none' needs rope, or there are no positions")
         if self.swiglu_norm != "own" and self.family != "audiomaepp":
             raise ValueError(f"TransformerConfig.swiglu_norm must be 'own' for family {self.family!r}: no SwiGLU there")
+        _check_parameters(self)
+
+    @property
+    def parameters(self) -> int:
+        """Number of the encoder's parameters."""
+        d = self.dim
+        block = 12 * d * d + 13 * d  # attention, MLP, two norms
+        if self.family == "audiomaepp":
+            hidden = int(4 * d * 2 / 3)  # SwiGLU
+            block += 3 * d * hidden + 4 * hidden + d + (2 * d if self.swiglu_norm == "own" else 0)
+        return self.depth * block + (self.patches.patch_size + 4) * d
 
 
 @dataclass(frozen=True)
@@ -176,15 +226,25 @@ class AxLSTMConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_positive(self, "dim", "depth", "heads", "expansion", "conv_kernel", "projection_block")
+        _check_sizes(self, "dim", "depth", "heads", "expansion", "conv_kernel", "projection_block")
         _check_divides(self, "inner_dim", "heads")
         _check_divides(self, "inner_dim", "projection_block")
         _check_sincos_dim(self.dim)
+        _check_parameters(self)
 
     @property
     def inner_dim(self) -> int:
         """Channels inside a block: expansion * dim."""
         return self.expansion * self.dim
+
+    @property
+    def parameters(self) -> int:
+        """Number of the encoder's parameters."""
+        inner = self.inner_dim
+        gates = 2 * (3 * inner + 1) * self.heads
+        projections = 3 * inner * (self.dim + self.projection_block)
+        block = self.dim + projections + gates + inner * (self.conv_kernel + 3)
+        return self.depth * block + (self.patches.patch_size + 4) * self.dim
 
 
 EncoderConfig = TransformerConfig | AxLSTMConfig
@@ -233,6 +293,8 @@ def config_to_dict(config: EncoderConfig) -> dict[str, Any]:
 def config_from_dict(values: Any, source: str = "config") -> EncoderConfig:
     """Build a config from parsed JSON. Every field must be present, except `ADDED_FIELDS`, and known.
 
+    `TRANSFORMERS_FIELDS` are ignored.
+
     Args:
         values: the parsed JSON object.
         source: its origin for error messages, such as the file's path.
@@ -243,9 +305,10 @@ def config_from_dict(values: Any, source: str = "config") -> EncoderConfig:
     family = values.get("family") if isinstance(values, dict) else None
     if not isinstance(family, str) or family not in CONFIG_OF_FAMILY:
         raise ValueError(
-            f"{source}: field 'family' must be one of {', '.join(sorted(CONFIG_OF_FAMILY))}; got {family!r}"
+            f"{source}: field 'family' must be one of {', '.join(sorted(CONFIG_OF_FAMILY))}; got {shorten(family)}"
         )
-    return _build(CONFIG_OF_FAMILY[family], values, source)
+    own = {name: value for name, value in values.items() if name not in TRANSFORMERS_FIELDS}
+    return _build(CONFIG_OF_FAMILY[family], own, source)
 
 
 def read_config(path: str | Path) -> EncoderConfig:

@@ -7,10 +7,16 @@ import json
 
 import pytest
 import torch
+from conftest import SMALL_CONFIGS
 
 from hear_encoders import PRESETS, AxLSTMConfig, PatchConfig, TransformerConfig, build_encoder, preset
 from hear_encoders.config import config_from_dict, config_to_dict, read_config
 from hear_encoders.nn.build import ENCODER_OF_CONFIG
+
+WIDE_BLOCKS = AxLSTMConfig(
+    "axlstm", 24, 1, heads=2, conv_kernel=3, projection_block=8, patches=PatchConfig(8, 80, 8, 8)
+)
+SHARED_NORM = TransformerConfig("audiomaepp", dim=48, depth=2, heads=3, swiglu_norm="attention")
 
 
 def parameters(config) -> int:
@@ -60,6 +66,11 @@ def test_parameter_counts_equal_the_papers(config, millions):
     assert round((parameters(config) + head) / 1e6, 1) == millions
 
 
+@pytest.mark.parametrize("config", [*PRESETS.values(), *SMALL_CONFIGS.values(), WIDE_BLOCKS, SHARED_NORM])
+def test_parameters_of_a_config_are_those_of_its_encoder(config):
+    assert config.parameters == parameters(config)
+
+
 def test_error_for_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown preset 'axlstm_huge'; expected one of: audiomaepp_tiny, "):
         preset("axlstm_huge")
@@ -69,6 +80,11 @@ def test_error_for_an_unknown_preset_lists_the_known_ones():
 def test_patch_sizes_of_the_axlstm_paper_give_its_patch_counts(patch):
     frames, bands, count = patch
     assert PatchConfig(patch_frames=frames, patch_bands=bands).patches == count
+
+
+def patches(**changes):
+    """Return the values of the usual patch grid with changes."""
+    return {**dataclasses.asdict(PatchConfig()), **changes}
 
 
 def invalid(**changes):
@@ -103,6 +119,14 @@ def invalid(**changes):
         (invalid(depth=True), "config.json: AxLSTMConfig.depth must be int, got True"),
         (invalid(heads=5), "config.json: AxLSTMConfig.heads = 5 must divide inner_dim = 576"),
         (invalid(input_gate="tanh"), "AxLSTMConfig.input_gate must be one of 'exponential', 'sigmoid'; got 'tanh'"),
+        (invalid(dim=8196), "config.json: AxLSTMConfig.dim must be at most 8192, got 8196"),
+        (invalid(dim=10**30), "config.json: AxLSTMConfig.dim must be at most 8192, got 10{30}$"),
+        (invalid(dim=10**4000), "config.json: AxLSTMConfig.dim must be at most 8192, got an integer of 13288 bits"),
+        (invalid(depth=10**9), "config.json: AxLSTMConfig.depth must be at most 1000, got 10{9}"),
+        (invalid(patches=patches(chunk_frames=10**8)), "PatchConfig.chunk_frames must be at most 100000, got 10{8}"),
+        (invalid(patches=patches(chunk_frames=10**5)), "PatchConfig.patches must be at most 8192, got 125000"),
+        (invalid(dim=8192, depth=1000), "config.json: AxLSTMConfig: 6.05e.11 parameters are more than 1e.10"),
+        (invalid(flip=[[[[[[[["deep"]]]]]]]]), r"AxLSTMConfig.flip must be bool, got \[\[\[\[\[\[\[...\]\]\]"),
         ([1, 2], "config.json: field 'family' must be one of"),
         ("axlstm", "config.json: field 'family' must be one of"),
     ],
@@ -130,7 +154,7 @@ def test_a_config_file_older_than_the_position_table_has_the_table(tmp_path):
 
 def test_config_file_that_is_not_json_is_named(tmp_path):
     path = tmp_path / "config.json"
-    for content in (b"{", b"\xff\xfe\x00", b""):
+    for content in (b"{", b"\xff\xfe\x00", b"", b'{"dim": ' + b"1" * 5000 + b"}", b"[" * 5000):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
             read_config(path)
