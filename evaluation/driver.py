@@ -25,7 +25,7 @@ from evaluation.environment import ROOT
 from evaluation.results import EmbeddingMap, ModelFolder, ModelRecord, Unit, read_record
 from evaluation.tasks import read_scores, read_task
 from hear_encoders.files import locked, read_json
-from hear_encoders.threads import usable_cpus
+from hear_encoders.threads import usable_cpus, wait_passively
 
 LOG_TAIL_LINES = 8
 _POLL_S = 0.5
@@ -297,4 +297,6 @@ def step_environment(jobs: int) -> dict[str, str]:
     if requested.isdigit() and int(requested) > 0:
         threads = min(threads, int(requested))
     settings = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": str(threads)}
-    return {**os.environ, **settings}
+    environment = {**os.environ, **settings}
+    wait_passively(environment)
+    return environment

@@ -6,21 +6,24 @@ import math
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 # Environment variables that decide how OpenMP's threads wait, of all OpenMP libraries.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 
-def wait_passively() -> None:
+def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let PyTorch's threads sleep while they wait for each other, unless the user has chosen how they wait.
 
-    By default they spin, which takes the cores from other processes, and from each other. Call this before torch is
-    imported: OpenMP reads the environment when it is loaded.
+    By default they spin, which takes the cores from other processes, and from each other.
+
+    Args:
+        environment: of a process that is yet to be started, or this one's. Then call this before torch is imported:
+            OpenMP reads the environment when it is loaded.
     """
-    if not any(name in os.environ for name in _WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if not any(name in environment for name in _WAITING):
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def use_threads(threads: int | None = None) -> None:

@@ -380,10 +380,14 @@ def test_options_are_json_or_text(text, pair):
 def test_processes_share_the_cores(monkeypatch, jobs, asked, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr("hear_encoders.threads.cpu_quota", lambda: math.inf)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"):
+        monkeypatch.delenv(name, raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert step_environment(jobs)["OMP_NUM_THREADS"] == str(threads)
+    environment = step_environment(jobs)
+    assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == (str(threads), "PASSIVE")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert step_environment(jobs)["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_tasks_are_found_by_folder_name(bench):
