@@ -117,7 +117,14 @@ def wait_until(page, expression: str, argument: object = None) -> None:
 
 
 def click_point(page, row: int) -> None:
-    """Move the mouse to a sound's point, wait for its name, and click."""
+    """Move the mouse to a sound's point, wait for its name, and click.
+
+    The mouse leaves the point before, so that the name is not still that one's, and waits: a click within 0.3 s of the
+    last one would be a double click.
+    """
+    page.locator("#title").hover()
+    page.wait_for_selector("#map .hoverlayer .hovertext", state="detached")
+    page.wait_for_timeout(400)
     folder, place = page.evaluate("row => [data.folder[row], rowsOfFolder[data.folder[row]].indexOf(row)]", row)
     box = page.locator("#map .scatterlayer .trace").nth(folder).locator(".point").nth(place).bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
