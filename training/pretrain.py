@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hear_encoders.checkpoint import load_checkpoint, resolve
-from hear_encoders.console import BAD_USAGE, positive, print_error
+from hear_encoders.console import BAD_USAGE, FAILED, positive, print_error
 from hear_encoders.execution import raise_mmap_threshold
 from hear_encoders.files import locked
 from hear_encoders.threads import use_threads
@@ -407,6 +407,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except FloatingPointError as error:
             print_error(PROG, f"error: {error}; the state before it is saved")
             return NOT_FINITE
+        except OSError as error:
+            print_error(PROG, f"error: {error}; earlier checkpoints are kept")
+            return FAILED
     if context.processes > 1:
         dist.barrier()  # a process that left while others still talk to it would end them with an error
         dist.destroy_process_group()

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hear_encoders.files import read_json, settings_difference, write_json, write_or_check_settings
+from hear_encoders.files import atomic_write, read_json, settings_difference, write_json, write_or_check_settings
 from training.config import RunConfig, run_config_from_dict
 from training.corpora.shards import JoinedShards
 
@@ -141,6 +142,9 @@ def save_checkpoint(run: Path, step: int, model: dict[str, Tensor], state: dict[
 
     Returns:
         The checkpoint's directory.
+
+    Raises:
+        OSError: the disk is full, for example; names the file. Earlier checkpoints are kept.
     """
     final = run / f"checkpoint-{step:08d}"
     if final.exists():
@@ -148,9 +152,14 @@ def save_checkpoint(run: Path, step: int, model: dict[str, Tensor], state: dict[
     unfinished = run / f".{final.name}.{os.getpid()}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, unfinished / MODEL_FILE)
-    torch.save(state, unfinished / STATE_FILE)
-    for path in (unfinished / MODEL_FILE, unfinished / STATE_FILE, unfinished):
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
+    try:
+        save_file(tensors, unfinished / MODEL_FILE)
+    except SafetensorError as error:
+        raise OSError(f"{unfinished / MODEL_FILE}: {error}") from error
+    with atomic_write(unfinished / STATE_FILE) as file:
+        torch.save(state, file)
+    for path in (unfinished / MODEL_FILE, unfinished):
         _flush(path)
     os.rename(unfinished, final)
     _flush(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -273,6 +274,31 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_the_same(family, optimizer, 
     second = trainer(tmp_path / "parts")
     assert second.step == 1 and second.fit()
     assert_same_bits(second.model.state_dict(), whole.model.state_dict())
+
+
+@pytest.mark.parametrize("large", ["model.safetensors", "state.pt"])
+def test_a_full_disk_is_named_with_the_file_and_leaves_earlier_checkpoints(tmp_path, large):
+    resource = pytest.importorskip("resource")
+    run_dir.save_checkpoint(tmp_path, 1, {"weight": torch.zeros(3)}, {"step": 1})
+    model = {"weight": torch.zeros(10_000 if large == "model.safetensors" else 3)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # Python ignores the signal that comes with it
+    try:
+        with pytest.raises(OSError, match=rf"File too large.*{large}|{large}.*File too large"):
+            run_dir.save_checkpoint(tmp_path, 2, model, {"step": 2, "optimizer": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run_dir.steps_saved(tmp_path) == [1]
+
+
+def test_an_error_of_the_disk_is_one_line(shards, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state.pt")
+
+    monkeypatch.setattr(pretrain, "save_checkpoint", fail)
+    assert pretrain.main(command("mae", shards, tmp_path)[2:]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith("No space left on device: 'state.pt'; earlier checkpoints are kept")
 
 
 TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
