@@ -34,12 +34,12 @@ from hear_encoders.nn.build import Encoder
 from hear_encoders.nn.frontend import (
     BANDS,
     SAMPLE_RATE,
-    LogMel,
     clip_statistics,
     logmel_of_blocks,
     normalize,
     statistics_of_blocks,
 )
+from hear_encoders.nn.frontend_torchaudio import FRONTENDS, FrontendName
 from hear_encoders.pooling import POOLINGS, PoolingName
 
 DEFAULT_MAX_SEGMENTS = CPU_SEGMENTS
@@ -75,6 +75,9 @@ class Embedder(nn.Module):
             its frames and bands, as in training.
         pooling: how a clip's time steps become its scene embedding: "mean", as in the papers, or "mean_std", which
             appends each channel's standard deviation over the steps (divided by their number).
+        frontend: "own" computes the log-mel with torch alone. "torchaudio" computes the same through torchaudio, in
+            float32, which gives the papers' numbers to the last bit; it needs the extra `torchaudio`. Streams always
+            use the own one.
         compile: run the encoder through `torch.compile`. The first call takes a minute or more; compiled code is
             kept on disk (TORCHINDUCTOR_CACHE_DIR) for the next process. Segments shorter than 2 s are not compiled,
             and neither is an AxLSTM in float32 on a CPU, which has a faster form.
@@ -91,6 +94,7 @@ class Embedder(nn.Module):
 
     Raises:
         ValueError: an option is none of the above.
+        ImportError: frontend="torchaudio", and torchaudio does not import.
     """
 
     sample_rate = SAMPLE_RATE
@@ -105,9 +109,11 @@ class Embedder(nn.Module):
         layer: int | Sequence[int] | None = None,
         statistics: Sequence[float] | None = None,
         pooling: PoolingName = "mean",
+        frontend: FrontendName = "own",
         compile: bool = False,
     ) -> None:
         super().__init__()
+        check_choice("frontend", frontend, tuple(FRONTENDS))
         check_choice("framing", framing, tuple(FRAMINGS))
         check_choice("pooling", pooling, tuple(POOLINGS))
         check_choice("precision", precision, get_args(Precision))
@@ -126,7 +132,8 @@ class Embedder(nn.Module):
         self.statistics = None if statistics is None else check_statistics(statistics)
         self._pooling = pooling
         self._pool = POOLINGS[pooling]()
-        self.log_mel = LogMel()
+        self.frontend = frontend
+        self.log_mel = FRONTENDS[frontend]()
         self._layer_count = 1 if self.layers is None else len(self.layers)
         self.timestamp_embedding_size = self._layer_count * patches.rows * encoder.config.dim
         self.scene_embedding_size = self._pool.width * self.timestamp_embedding_size

@@ -21,6 +21,7 @@ from hear_encoders.embedder import Embedder
 from hear_encoders.execution import Precision, resolve_device
 from hear_encoders.framing import FramingName
 from hear_encoders.nn.axlstm import AxLSTMEncoder, EncoderMode
+from hear_encoders.nn.frontend_torchaudio import FrontendName
 from hear_encoders.pooling import PoolingName
 
 
@@ -64,6 +65,7 @@ class HearModule:
         pooling: PoolingName | None = None,
         device: str | torch.device = "cpu",
         mode: EncoderMode | None = None,
+        frontend: FrontendName = "own",
         compile: bool = False,
         released: bool = False,
         max_chunks: int | None = None,
@@ -91,6 +93,8 @@ class HearModule:
                 fastest on each device. The others are plain forms, for experiments: "parallel" compares all pairs of
                 tokens, "chunkwise" does so in chunks and carries a memory between them, and "recurrent" goes token by
                 token.
+            frontend: "own", or "torchaudio", whose log-mel equals the papers' to the last bit; needs the extra
+                `torchaudio`.
             compile: run the encoder through `torch.compile`, which takes a minute or more at the first call. An AxLSTM
                 in float32 on the CPU has a faster form and is not compiled.
             released: embed as the papers' released code does, in reference framing. Its other quirks belong to the
@@ -139,6 +143,7 @@ class HearModule:
             layer=setting.layer if layer is None else layer,
             statistics=statistics,
             pooling=setting.pooling if pooling is None else pooling,
+            frontend=frontend,
             compile=compile,
         )
         return embedder.eval().to(place)

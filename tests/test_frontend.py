@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+import hear_axlstm
 from hear_encoders.nn import frontend
 from hear_encoders.nn.frontend import (
     LogMel,
@@ -55,6 +58,14 @@ def test_short_clips_have_finite_frames(noise, samples):
     logmel = LogMel()(noise(2, samples))
     assert logmel.shape == (2, max(samples, 201) // 160 + 1, 80)
     assert logmel.isfinite().all()
+
+
+def test_the_torchaudio_frontend_without_torchaudio_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio.transforms", None)
+    with pytest.raises(ImportError, match=r"got 2\..*pip install 'hear-audiomaepp\[torchaudio\]'"):
+        hear_axlstm.load_model(frontend="torchaudio")
+    with pytest.raises(ValueError, match="frontend must be"):
+        hear_axlstm.load_model(frontend="librosa")
 
 
 def test_a_clip_too_short_to_reflect_is_extended_with_zeros(noise):

@@ -9,7 +9,7 @@ sample 160 * i, so a clip of N samples has N // 160 + 1 frames. Equal to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ class LogMel(nn.Module):
         return (power.transpose(1, 2) @ self.mel).add_(LOG_OFFSET).log_()
 
 
-def logmel_of_blocks(log_mel: LogMel, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+def logmel_of_blocks(log_mel: Callable[[Tensor], Tensor], blocks: Iterable[Tensor]) -> Iterator[Tensor]:
     """Compute log-mel of a clip that comes in blocks; concatenated, the frames equal those of the whole clip.
 
     Args:

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from hear_encoders.audio import find_audio, load_audio
 from hear_encoders.checks import check_audio
 from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error, progress
 from hear_encoders.files import atomic_write, locked, read_json, write_json
-from hear_encoders.nn.frontend import SAMPLE_RATE, LogMel
+from hear_encoders.nn.frontend import SAMPLE_RATE
+from hear_encoders.nn.frontend_torchaudio import FRONTENDS, FrontendName
 from training.corpora.plan import (
     SHORTEST_REMAINDER_S,
     Plan,
@@ -91,6 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="records in a shard; default: about %(default)s",
     )
     parser.add_argument(
+        "--frontend",
+        choices=tuple(FRONTENDS),
+        default="own",
+        help="torchaudio gives the papers' log-mel to the last bit; needs the extra torchaudio; default: %(default)s",
+    )
+    parser.add_argument(
         "--jobs",
         type=positive(int),
         default=os.cpu_count() or 1,
@@ -112,13 +119,14 @@ def _prepare(prog: str, options: argparse.Namespace) -> int:
     out_dir: Path = options.out_dir
     with ExitStack() as stack:
         try:
+            FRONTENDS[options.frontend]()  # raises here, and not in a worker, if torchaudio does not import
             root, files = find_audio(options.sources)
             excerpts = read_excerpts(*options.csv) if options.csv else None
             recordings = select(files, excerpts)
             out_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out_dir))
             plan = read_or_make_plan(out_dir, _settings(options), root, recordings, options.jobs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             print_error(prog, f"error: {error}")
             return BAD_USAGE
         if excerpts is not None and (missing := missing_ids(files, excerpts)):
@@ -129,8 +137,8 @@ def _prepare(prog: str, options: argparse.Namespace) -> int:
             _remove_leftovers(out_dir)
             if todo:
                 (out_dir / INDEX_FILE).unlink(missing_ok=True)  # it marks a complete folder
-                _make_shards(prog, root, out_dir, plan, todo, options.jobs)
-            index, failed = _write_index(out_dir, len(plan.shards))
+                _make_shards(prog, root, out_dir, plan, todo, options.jobs, options.frontend)
+            index, failed = _write_index(out_dir, len(plan.shards), plan.settings["frontend"])
         except (OSError, MemoryError, BrokenProcessPool) as error:
             print_error(prog, f"error: {str(error) or type(error).__name__}; finished shards are kept")
             return FAILED
@@ -150,7 +158,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         "csv": _hash_lists(options.csv) if options.csv else None,
         "record_seconds": options.record_seconds,
         "shard_records": options.shard_records,
-        "frontend": frontend_settings(),
+        "frontend": frontend_settings(options.frontend),
     }
 
 
@@ -160,7 +168,9 @@ def _hash_lists(paths: Sequence[Path]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _make_shards(prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[int], jobs: int) -> None:
+def _make_shards(
+    prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[int], jobs: int, frontend: FrontendName
+) -> None:
     """Make the shards with these numbers. An interruption leaves each of them complete or absent.
 
     Raises:
@@ -168,7 +178,7 @@ def _make_shards(prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[in
         BrokenProcessPool: a worker died.
     """
     samples = samples_per_record(plan.settings)
-    calls = [(root, out_dir, number, plan.shards[number], samples) for number in todo]
+    calls = [(root, out_dir, number, plan.shards[number], samples, frontend) for number in todo]
     done = len(plan.shards) - len(todo)
     with (
         run_in_workers(_write_shard, calls, min(jobs, len(todo))) as futures,
@@ -181,7 +191,12 @@ def _make_shards(prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[in
 
 
 def _write_shard(
-    root: Path, out_dir: Path, number: int, recordings: Sequence[Recording], record_samples: int
+    root: Path,
+    out_dir: Path,
+    number: int,
+    recordings: Sequence[Recording],
+    record_samples: int,
+    frontend: FrontendName,
 ) -> list[str]:
     """Make one shard and its sidecar, in a worker. Return the warnings.
 
@@ -190,7 +205,7 @@ def _write_shard(
             lost disk, so the shard must not count as done.
         Stopped: see `training.corpora.workers`.
     """
-    logmel = LogMel()
+    logmel = FRONTENDS[frontend]()
     records: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     path = out_dir / shard_name(number)
@@ -211,7 +226,7 @@ def _write_shard(
 
 
 def _add_recording(
-    file: BinaryIO, tar: tarfile.TarFile, recording: Recording, audio: Tensor, record_samples: int, logmel: LogMel
+    file: BinaryIO, tar: tarfile.TarFile, recording: Recording, audio: Tensor, record_samples: int, logmel: nn.Module
 ) -> Iterator[dict[str, Any]]:
     """Write a recording's records and yield the sidecar's entry for each.
 
@@ -254,7 +269,7 @@ def record_key(source: str, number: int) -> str:
     return f"{readable}-{digest(source).hex()[:12]}-{number:06d}"
 
 
-def _write_index(out_dir: Path, shards: int) -> tuple[dict[str, Any], list[dict[str, str]]]:
+def _write_index(out_dir: Path, shards: int, frontend: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Write index.json from the finished shards' sidecars. Return it and the sources that failed, sorted."""
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
@@ -268,7 +283,7 @@ def _write_index(out_dir: Path, shards: int) -> tuple[dict[str, Any], list[dict[
         failed += sidecar["failed"]
     index = {
         "version": FORMAT_VERSION,
-        "frontend": frontend_settings(),
+        "frontend": frontend,
         "records": sum(row["records"] for row in rows),
         "hours": math.fsum(row["hours"] for row in rows),
         "shards": rows,

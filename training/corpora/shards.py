@@ -24,6 +24,7 @@ import numpy as np
 
 from hear_encoders.files import read_json
 from hear_encoders.nn import frontend
+from hear_encoders.nn.frontend_torchaudio import FrontendName
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
@@ -42,7 +43,7 @@ def sidecar_name(number: int) -> str:
     return f"shard-{number:06d}.json"
 
 
-def frontend_settings() -> dict[str, float]:
+def frontend_settings(name: FrontendName = "own") -> dict[str, Any]:
     """Return the front end's settings, which determine the log-mel values, as in index.json."""
     return {
         "sample_rate": frontend.SAMPLE_RATE,
@@ -52,6 +53,7 @@ def frontend_settings() -> dict[str, float]:
         "lowest_hz": frontend.LOWEST_HZ,
         "highest_hz": frontend.HIGHEST_HZ,
         "log_offset": frontend.LOG_OFFSET,
+        **({} if name == "own" else {"library": name}),
     }
 
 
@@ -227,8 +229,9 @@ class _File:
             os.close(self._descriptor)
 
 
-def _check_frontend(saved: dict[str, float], index_file: Path) -> None:
+def _check_frontend(saved: dict[str, Any], index_file: Path) -> None:
     ours = frontend_settings()
+    saved = {name: value for name, value in saved.items() if name != "library"}  # libraries differ by rounding
     differences = [
         f"{name} is {saved.get(name)}, expected {ours.get(name)}"
         for name in sorted(ours.keys() | saved.keys())
