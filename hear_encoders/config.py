@@ -26,8 +26,8 @@ ADDED_FIELDS = {"position_table": "sincos"}
 # What transformers writes into a config.json (see `hear_encoders.adapters.folder`); it means nothing here.
 TRANSFORMERS_FIELDS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}
 
-# Bounds, far above any sensible encoder, so that a damaged or hostile config.json cannot ask for absurd memory and time.
-# They keep the position table below 300 MB.
+# Bounds far above any sensible encoder: a damaged or hostile config.json must not ask for absurd memory and time. They
+# keep the position table below 300 MB.
 LARGEST = {
     "dim": 8192,
     "depth": 1000,

@@ -1,0 +1,1 @@
+"""Our models in other programs: transformers, sentence-transformers, mteb and X-ARES. Each module imports its own."""
