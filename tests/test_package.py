@@ -150,12 +150,13 @@ def test_metadata_is_the_projects(built: Built) -> None:
     extras = set(metadata.get_all("Provides-Extra"))
     assert extras == {
         *("av", "eval", "lint", "map", "mteb", "onnx", "parquet", "peers", "sentence-transformers", "test", "test-map"),
-        *("train", "transformers"),
+        *("torchaudio", "train", "transformers"),
     }
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {re.match(r"[\w-]+", line)[0] for line in required}
     assert names == {"torch", "numpy", "safetensors", "huggingface_hub", "soundfile", "soxr", "tqdm"}
-    assert not any("torchaudio" in line for line in metadata.get_all("Requires-Dist"))
+    torchaudio = [line for line in metadata.get_all("Requires-Dist") if "torchaudio" in line]
+    assert all('extra == "torchaudio"' in line for line in torchaudio) and len(torchaudio) == 2  # with its own torch
 
 
 def test_wheel_has_licence_model_card_and_readme(built: Built) -> None:
