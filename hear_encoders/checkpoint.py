@@ -1,6 +1,7 @@
 """Read and write checkpoints: directories with `config.json` and `model.safetensors`.
 
-`resolve` finds one, in a local path or on the Hugging Face Hub. Loading is strict and never unpickles.
+`resolve` finds one, in a local path or on the Hugging Face Hub. Loading is strict and never unpickles. The metadata of
+`model.safetensors` hold a checksum of config and weights, which loading verifies; files without one load as well.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from hear_encoders import hub
@@ -20,6 +24,8 @@ from hear_encoders.config import ADDED_FIELDS, EncoderConfig, config_to_dict, re
 from hear_encoders.files import atomic_write, write_json
 from hear_encoders.hub import CONFIG_FILE, REPO_ID, WEIGHTS_FILE
 from hear_encoders.nn.build import ENCODER_OF_CONFIG, Encoder
+
+FINGERPRINT = "fingerprint"  # the checksum's name in the metadata
 
 _PICKLES = {".pth", ".pt", ".bin", ".ckpt"}
 
@@ -65,11 +71,17 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Encoder:
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: a file is damaged or of another format, or the two do not match: a tensor is missing, extra or of
-            the wrong shape, a field is missing or unknown. The message names the file and the tensor or field.
+            the wrong shape, a field is missing or unknown, or the checksum of both does not match. The message names
+            the file and the tensor or field.
     """
     weights = Path(path) / WEIGHTS_FILE if os.path.isdir(path) else Path(path)
     config = read_config(weights.parent / CONFIG_FILE)
-    return encoder_from_tensors(config, read_tensors(weights), str(weights))
+    with _open_tensors(weights) as file:
+        names = list(file.keys())
+        # From the file's header, before any tensor is built.
+        encoder = _build_empty(config, {name: file.get_slice(name).get_shape() for name in names}, str(weights))
+        tensors = {name: file.get_tensor(name) for name in names}
+        return _fill(encoder, tensors, str(weights), (file.metadata() or {}).get(FINGERPRINT))
 
 
 def encoder_from_tensors(config: EncoderConfig, tensors: dict[str, Tensor], source: str) -> Encoder:
@@ -81,41 +93,65 @@ def encoder_from_tensors(config: EncoderConfig, tensors: dict[str, Tensor], sour
     Raises:
         ValueError: a tensor is missing, extra, of the wrong shape, not floating point, or not finite.
     """
+    encoder = _build_empty(config, {name: tensor.shape for name, tensor in tensors.items()}, source)
+    return _fill(encoder, tensors, source)
+
+
+def _build_empty(config: EncoderConfig, shapes: Mapping[str, Sequence[int]], source: str) -> Encoder:
+    """Build an encoder without weights, if tensors of these names and shapes are exactly its own."""
     with torch.device("meta"):  # no memory and no initialization for weights that are replaced at once
         encoder = ENCODER_OF_CONFIG[type(config)](config)
-    expected = encoder.state_dict()
-    missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected]
+    expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    missing = [name for name in expected if name not in shapes]
+    extra = [name for name in shapes if name not in expected]
     if missing:
         raise ValueError(f"{source}: missing tensor {missing[0]!r} ({len(missing)} missing in all)")
     if extra:
         raise ValueError(f"{source}: unexpected tensor {extra[0]!r} ({len(extra)} unexpected in all)")
+    for name, shape in shapes.items():
+        if tuple(shape) != expected[name]:
+            raise ValueError(f"{source}: tensor {name!r} has shape {tuple(shape)}, expected {expected[name]}")
+    return encoder
+
+
+def _fill(encoder: Encoder, tensors: dict[str, Tensor], source: str, saved: str | None = None) -> Encoder:
+    """Give an empty encoder its weights, as float32, after checking them and their fingerprint, if there is one."""
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{source}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            )
         if not tensor.is_floating_point():
             raise ValueError(f"{source}: tensor {name!r} is {tensor.dtype}, expected floating point")
+    # Copy the tensors: they may be memory maps of a file that may change or shrink while the model is in use.
+    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    if saved is not None and (got := _fingerprint(encoder.config, own)) != saved:
+        raise ValueError(
+            f"{source}: damaged, or it or its {CONFIG_FILE} was changed after saving: their SHA-256 is {got}, "
+            f"expected {saved}"
+        )
+    for name, tensor in own.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{source}: tensor {name!r} holds NaN or infinity")
-    # Copy float32 tensors, too: they are memory maps of a file that may change or shrink while the model is in use.
-    own = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
-    encoder.load_state_dict(own, assign=True)
+    encoder.load_state_dict({name: tensor.to(torch.float32) for name, tensor in own.items()}, assign=True)
     return encoder.eval()
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a safetensors file.
+def saved_fingerprint(path: str | os.PathLike[str]) -> str | None:
+    """Return the fingerprint in a weights file, of the encoder that was saved; None if there is none.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is truncated, or not a safetensors file.
     """
+    with _open_tensors(path) as file:
+        return (file.metadata() or {}).get(FINGERPRINT)
+
+
+@contextmanager
+def _open_tensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a safetensors file, whose header is then read; errors name it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such weights file: {path}")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
@@ -136,8 +172,9 @@ def save_checkpoint(directory: str | os.PathLike[str], encoder: Encoder) -> None
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    metadata = {"format": "pt", FINGERPRINT: _fingerprint(encoder.config, tensors)}
     with atomic_write(directory / WEIGHTS_FILE) as file:
-        file.write(save(tensors, metadata={"format": "pt"}))
+        file.write(save(tensors, metadata=metadata))
     write_json(directory / CONFIG_FILE, config_to_dict(encoder.config))
 
 
@@ -152,10 +189,14 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 def fingerprint(encoder: Encoder) -> str:
     """Return the SHA-256 of an encoder's config and weights: the same for equal encoders from different sources."""
+    return _fingerprint(encoder.config, {name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()})
+
+
+def _fingerprint(config: EncoderConfig, tensors: Mapping[str, Tensor]) -> str:
     # Added fields count only if they differ from the default, so that older records of fingerprints stay valid.
-    config = {name: value for name, value in config_to_dict(encoder.config).items() if value != ADDED_FIELDS.get(name)}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
+    values = {name: value for name, value in config_to_dict(config).items() if value != ADDED_FIELDS.get(name)}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

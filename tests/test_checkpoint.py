@@ -13,7 +13,7 @@ from conftest import SMALL_CONFIGS
 from safetensors.torch import load_file, save_file
 
 from hear_encoders import build_encoder, checkpoint, load_checkpoint, save_checkpoint
-from hear_encoders.checkpoint import fingerprint, resolve
+from hear_encoders.checkpoint import fingerprint, resolve, saved_fingerprint
 from hear_encoders.config import config_to_dict
 from hear_encoders.files import atomic_write
 
@@ -59,6 +59,55 @@ def test_weights_stored_in_another_precision_are_loaded_as_float32(saved, dtype)
     weights = saved / "model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(weights).items()}, weights)
     assert all(parameter.dtype == torch.float32 for parameter in load_checkpoint(weights).parameters())
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_a_flipped_bit_is_noticed(saved, part):
+    weights = saved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    position = header + part * (len(content) - header) // 8  # in the sign or the low bits of a weight, often
+    content[position] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged, or .* SHA-256 is \w{64}, expected \w{64}"):
+        load_checkpoint(weights)
+
+
+def test_a_config_changed_after_saving_is_noticed(tmp_path):
+    save_checkpoint(tmp_path, build_encoder(SMALL_CONFIGS["ssast"], seed=1))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "heads": 2}))  # the same shapes
+    with pytest.raises(ValueError, match=r"damaged, or it or its config\.json was changed after saving"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "hear_encoder"}))  # as transformers does
+    assert load_checkpoint(tmp_path).config == SMALL_CONFIGS["ssast"]
+
+
+def test_the_checksum_is_the_fingerprint_and_files_without_one_load(saved):
+    weights = saved / "model.safetensors"
+    assert saved_fingerprint(weights) == fingerprint(load_checkpoint(saved))
+    save_file(load_file(weights), weights)
+    assert saved_fingerprint(weights) is None
+    load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_encoder_in_half_precision_is_saved_with_a_checksum(saved, dtype):
+    encoder = load_checkpoint(saved).to(dtype)
+    save_checkpoint(saved, encoder)
+    assert saved_fingerprint(saved / "model.safetensors") == fingerprint(encoder)
+    assert torch.equal(load_checkpoint(saved).cls_token, encoder.cls_token.float())
+
+
+def test_shapes_are_compared_with_the_header_before_tensors_are_built(saved, monkeypatch):
+    def no_tensors(*_):
+        raise AssertionError
+
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "dim": 8192, "depth": 3}))
+    monkeypatch.setattr(checkpoint, "_fill", no_tensors)
+    with pytest.raises(ValueError, match=r"model\.safetensors: missing tensor 'blocks\.2\."):
+        load_checkpoint(saved)
 
 
 def change_tensors(directory, change):
