@@ -299,7 +299,7 @@ def _side_by_side(names: dict[PaperRow, str], comparison: Comparison) -> Table:
             rows.append(Row([row.model, "here", entry.parameters, *scores, total]))
         else:
             rows.append(Row([row.model, "not yet here", None, *[None] * (len(comparison.tasks) + 1)]))
-    notes = method(comparison)
+    notes = [line.replace("model in this table", "model in the folder") for line in method(comparison)]
     if comparison.paper is None:
         notes.append("The printed s(m) covers HEAR's ten tasks: compare the order of rows, not the numbers.")
     columns = ["Row of the paper", "", "#M parameters", *comparison.tasks, "s(m)"]

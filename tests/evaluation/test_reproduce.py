@@ -142,6 +142,16 @@ def test_a_tables_rows_stand_beside_the_printed_ones(bench, capsys):
     assert labels == ["table3_expansion2", "table5_expansion2_sigmoid_flip"]
 
 
+def test_other_tasks_are_ranked_among_the_models_in_the_folder(bench):
+    make_task(bench.folder / "tasks", "birds-v1")
+    assert command.main(bench.arguments(*FLIPS)) == 0
+    printed = (bench.out / "axlstm_table5.md").read_text()
+    hear, others = printed.split("## AxLSTM paper, Table 5")[1:]
+    assert "| E50 | s(m) |" in hear and "| birds-v1 | s(m) |" in others
+    assert "every model in the folder" in others and "compare the order of rows, not the numbers" in others
+    assert "| printed | - | - | 66.9±0.3 |" in others
+
+
 def test_scores_of_table_2_stand_below_the_printed_scores(bench, capsys):
     assert command.main(bench.arguments("ssast_tiny", table="axlstm/2")) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| SSAST-T")]
