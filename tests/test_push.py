@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ import torch
 from hub_server import TOKEN, HubServer
 
 import hear_axlstm
-from hear_encoders import AxLSTMConfig, build_encoder, save_checkpoint
+from hear_encoders import AxLSTMConfig, build_encoder, load_checkpoint, save_checkpoint
+from hear_encoders.adapters.folder import write_files
 
 REPO = "org/name"
 CARD = "---\nlicense: apache-2.0\n---\n# A small AxLSTM\n\nEmbeds 2 s of sound, in 40 ms steps: größer is not better.\n"
@@ -95,7 +97,11 @@ def make_checkpoint(folder: Path, seed: int) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors", "README.md")}
+    """What is to be published of a folder: weights and card, and what `write_files` adds."""
+    files = {name: (folder / name).read_bytes() for name in ("model.safetensors", "README.md")}
+    with tempfile.TemporaryDirectory() as scratch:
+        added = write_files(scratch, load_checkpoint(folder).config)
+        return files | {name: (Path(scratch) / name).read_bytes() for name in added}
 
 
 def embeddings(folder: Path) -> list[list[float]]:
@@ -117,6 +123,8 @@ def test_pushed_checkpoint_loads_from_the_hub_as_from_its_folder(hub, client, pu
     _empty, (commit, message, files) = hub.history(REPO)  # the Hub creates a repository with a first commit
     assert files.keys() - contents(folder).keys() == {".gitattributes"}
     assert files.items() >= contents(folder).items()
+    own = json.loads((folder / "config.json").read_text())
+    assert json.loads(files["config.json"]).items() > own.items()  # with transformers' fields
     assert message == "first weights"
     assert f"{hub.url}/{REPO}/commit/{commit}" in outcome.out
     assert re.search(rf"^commit +{commit}$", outcome.out, re.MULTILINE)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from hear_encoders import __version__, checkpoint, hub
+from hear_encoders.adapters.folder import save_folder, write_files
 from hear_encoders.cli.options import MODELS, hear_module, layers
 from hear_encoders.config import InputGate, config_to_dict
 from hear_encoders.console import (
@@ -34,6 +36,7 @@ examples:
   hear-weights show weights/
   hear-weights import mae_base.pth mae-base/ --heads 12
   hear-weights import axlstm_tiny.pth axlstm-tiny/ --flip
+  hear-weights package hear_axlstm folder/
   hear-weights push weights/ org/name --card MODEL_CARD.md
   hear-weights export hear_axlstm axlstm.onnx
 
@@ -78,10 +81,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--input-gate", choices=get_args(InputGate), default="exponential", help="of an AxLSTM; default: %(default)s"
     )
 
+    package = commands.add_parser(
+        "package",
+        help="write a folder that transformers and sentence-transformers load, too",
+        description="Write a folder that transformers, sentence-transformers and this package load.",
+        epilog="example: hear-weights package hear_axlstm folder/",
+    )
+    package.add_argument("source", metavar="CHECKPOINT", help=weights)
+    package.add_argument("output", metavar="OUT_DIR", type=output_path, help="new or empty directory")
+    package.add_argument("--revision", help=revision)
+
     push = commands.add_parser(
         "push",
         help="publish a checkpoint on the Hugging Face Hub",
-        description="Publish a checkpoint on the Hugging Face Hub. Without --yes, only show what would be uploaded.",
+        description="Publish a checkpoint on the Hugging Face Hub, with what transformers and sentence-transformers "
+        "need. Without --yes, only show what would be uploaded.",
         epilog="example: hear-weights push weights/ org/name --card MODEL_CARD.md",
     )
     push.add_argument("folder", metavar="DIR", type=Path, help="holds config.json, model.safetensors and README.md")
@@ -127,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _show(_find_weights(options.source, options.revision))
         elif options.command == "import":
             _import(options)
+        elif options.command == "package":
+            _package(options)
         elif options.command == "export":
             _export(options)
         else:
@@ -166,8 +182,7 @@ def _show(weights: Path) -> None:
 
 def _import(options: argparse.Namespace) -> None:
     """Convert a released checkpoint; show the result and the papers' rows that it can stand for."""
-    if options.output.is_dir() and any(options.output.iterdir()):
-        raise ValueError(f"{options.output} is not empty: choose another directory")
+    _check_new_or_empty(options.output)
     config, tensors, decoder = read_released_checkpoint(
         options.checkpoint, options.heads, flip=options.flip, input_gate=options.input_gate
     )
@@ -176,6 +191,18 @@ def _import(options: argparse.Namespace) -> None:
     _show(options.output / checkpoint.WEIGHTS_FILE)
     for row in find_rows(config, decoder) or ["none of the papers' tables has this encoder"]:
         print(f"{'published as':<16}  {row}")
+
+
+def _package(options: argparse.Namespace) -> None:
+    """Write a folder that other programs load, too, and show its weights."""
+    _check_new_or_empty(options.output)
+    save_folder(options.output, checkpoint.load_checkpoint(_find_weights(options.source, options.revision)))
+    _show(options.output / checkpoint.WEIGHTS_FILE)
+
+
+def _check_new_or_empty(directory: Path) -> None:
+    if directory.is_dir() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty: choose another directory")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -197,19 +224,23 @@ def _push(options: argparse.Namespace, command: str) -> None:
     hub.check_repo_id(options.repository)
     if not options.folder.is_dir():
         raise ValueError(f"{options.folder}: expected a directory with {hub.CONFIG_FILE} and {hub.WEIGHTS_FILE}")
-    checkpoint.load_checkpoint(options.folder)  # raises for a checkpoint that does not load
+    encoder = checkpoint.load_checkpoint(options.folder)  # raises for a checkpoint that does not load
     card = options.card or options.folder / hub.CARD_FILE
     text = _read_card(card)
-    files = {name: options.folder / name for name in (hub.CONFIG_FILE, hub.WEIGHTS_FILE)} | {hub.CARD_FILE: card}
-    print(f"{'repository':<18}{options.repository}{' (private)' if options.private else ''}")
-    print(f"{'commit message':<18}{options.message}")
-    for name, path in files.items():
-        print_line(f"{name:<18}{path.stat().st_size:>13,} bytes  SHA-256 {checkpoint.sha256(path)}  {path}")
-    if options.yes:
-        url, commit = hub.push_files(options.repository, files, options.message, private=options.private)
-        print(f"{'commit':<18}{commit}\n{url}")
-    else:
-        print(f"\n{hub.CARD_FILE}:\n\n{text.rstrip()}\n\nNothing was uploaded. To upload this:\n{command}")
+    with tempfile.TemporaryDirectory() as scratch:
+        added = {name: Path(scratch) / name for name in write_files(scratch, encoder.config)}
+        files = {hub.WEIGHTS_FILE: options.folder / hub.WEIGHTS_FILE, hub.CARD_FILE: card} | added
+        print(f"{'repository':<26}{options.repository}{' (private)' if options.private else ''}")
+        print(f"{'commit message':<26}{options.message}")
+        for name, path in files.items():
+            source = "written from the encoder's configuration" if name in added else path
+            digest = checkpoint.sha256(path)
+            print_line(f"{name:<26}{path.stat().st_size:>13,} bytes  SHA-256 {digest}  {source}")
+        if options.yes:
+            url, commit = hub.push_files(options.repository, files, options.message, private=options.private)
+            print(f"{'commit':<26}{commit}\n{url}")
+        else:
+            print(f"\n{hub.CARD_FILE}:\n\n{text.rstrip()}\n\nNothing was uploaded. To upload this:\n{command}")
 
 
 def _read_card(path: Path) -> str:
