@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hear_encoders.config import (
     AxLSTMConfig,
@@ -57,6 +60,8 @@ _FAMILY_OF_TENSOR: dict[str, Family] = {
     "blocks.0.layer.proj_up.weight": "axlstm",
     "blocks.0.mlp.layer1.weight": "ssast",
 }
+
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel and torch.compile
 _PRETRAINING_ONLY = re.compile(r"^(?:decoder\.|pred\.|mask_token$)")
@@ -113,25 +118,38 @@ def read_released_checkpoint(
             f"{path}: not a checkpoint of the released AudioMAE++ or AxLSTM code: found none of the tensors "
             + ", ".join(_FAMILY_OF_TENSOR)
         )
-    released = {
-        name.removeprefix("encoder."): tensor
+    kept = {
+        name: tensor
         for name, tensor in state.items()
         if not _PRETRAINING_ONLY.match(name) and not _NEVER_USED.match(name)
     }
     try:
+        released = _rename(kept.items(), lambda name: name.removeprefix("encoder."))
         positions = released.pop("pos_embed")
         config = _read_config(family, released, positions, heads, flip, input_gate)
-        tensors = {translate_name(name): _translate(name, tensor) for name, tensor in released.items()}
+        tensors = _rename(((name, _translate(name, tensor)) for name, tensor in released.items()), translate_name)
+        decoder = None
+        if (embed := state.get("decoder.decoder_embed.weight")) is not None:
+            decoder = Decoder(dim=len(embed), rope="decoder.decoder_blocks.0.rope.freqs" in state)
     except KeyError as error:
         raise ValueError(f"{path}: missing tensor {error}") from error
-    except IndexError as error:  # a shape has too few entries
+    except (IndexError, TypeError) as error:  # a shape has too few entries
         raise ValueError(f"{path}: a tensor has too few dimensions") from error
+    except ZeroDivisionError as error:
+        raise ValueError(f"{path}: a tensor is empty") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    decoder = None
-    if (embed := state.get("decoder.decoder_embed.weight")) is not None:
-        decoder = Decoder(dim=len(embed), rope="decoder.decoder_blocks.0.rope.freqs" in state)
     return ReleasedCheckpoint(config, tensors, decoder)
+
+
+def _rename(tensors: Iterable[tuple[str, Tensor]], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Give tensors other names; raise ValueError if two would have the same."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if (new := rename(name)) in renamed:
+            raise ValueError(f"several tensors mean {new!r}; one of them is {name!r}")
+        renamed[new] = tensor
+    return renamed
 
 
 class _Inert:
@@ -148,10 +166,21 @@ class _Inert:
 
 
 def read_released_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the model's tensors from a released checkpoint with torch's restricted unpickler."""
+    """Read the model's tensors from a released checkpoint with torch's restricted unpickler, as float32.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a readable checkpoint, or what it holds is not a dictionary of plain floating-point tensors
+            whose numbers are all in the file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
+    size = path.stat().st_size
     try:
+        if zipfile.is_zipfile(path):  # torch never compresses
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > size:
+                    raise ValueError("it unpacks to more than its own size")
         # Replace every class and function that the pickle names, so that none of them is called.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in names]):
@@ -163,7 +192,23 @@ def read_released_tensors(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise ValueError(f"{path}: expected a dictionary with the model's tensors under 'model'")
-    return {_WRAPPERS.sub("", name): tensor.float() for name, tensor in state.items()}
+    for name, tensor in state.items():
+        # float8, quantized and complex tensors have other dtypes; nested ones and those of other classes other types.
+        plain = (
+            type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        )
+        if not plain or tensor.is_nested or tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{path}: tensor {name!r} is {tensor.dtype}, {tensor.layout} on {tensor.device.type}; "
+                "expected a plain floating-point tensor"
+            )
+    # A tensor may repeat one number without end, and many tensors may share their numbers.
+    if (numbers := sum(tensor.numel() for tensor in state.values())) > size:
+        raise ValueError(f"{path}: its tensors have {numbers} numbers, more than the file has bytes ({size})")
+    try:
+        return _rename(((name, tensor.float()) for name, tensor in state.items()), lambda name: _WRAPPERS.sub("", name))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_config(
@@ -176,18 +221,16 @@ def _read_config(
 ) -> EncoderConfig:
     """Infer the config from tensors. Raise KeyError for a missing tensor, ValueError for any other problem."""
     dim, _, patch_frames, patch_bands = state["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    default = PatchConfig()
-    rows = default.bands // patch_bands
-    patches = PatchConfig(
-        chunk_frames=(positions.shape[1] - 1) // rows * patch_frames,
-        bands=default.bands,
-        patch_frames=patch_frames,
-        patch_bands=patch_bands,
-    )
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    # One step of patches first: this checks that they have a size, and that whole patches make up the bands.
+    patches = PatchConfig(chunk_frames=patch_frames, patch_frames=patch_frames, patch_bands=patch_bands)
+    patches = replace(patches, chunk_frames=(positions.shape[1] - 1) // patches.rows * patch_frames)
+    not_fixed = "pos_embed is not the fixed sin-cos table of the papers; learned positions are not supported"
+    if positions.shape != (1, 1 + patches.patches, dim):
+        raise ValueError(not_fixed)
     table = F.pad(sincos_2d(patches, dim), (0, 0, 1, 0))  # zeros for cls
     if positions.shape[1:] != table.shape or not torch.allclose(positions[0], table, atol=1e-4):
-        raise ValueError("pos_embed is not the fixed sin-cos table of the papers; learned positions are not supported")
+        raise ValueError(not_fixed)
     if family == "axlstm":
         if flip is None:
             raise ValueError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import warnings
+import zipfile
 
 import pytest
 import torch
@@ -128,7 +130,7 @@ def tiny_checkpoint(name, tmp_path):
         # 48 channels become 192; only sizes that grow with them are multiples of 12. 2 blocks become 12.
         zeros = torch.zeros([4 * size if size % 12 == 0 else size for size in tensor.shape])
         copies = range(1, 12) if "blocks.1." in key and "decoder" not in key else [1]
-        tensors |= {key.replace("blocks.1.", f"blocks.{block}."): zeros for block in copies}
+        tensors |= {key.replace("blocks.1.", f"blocks.{block}."): zeros.clone() for block in copies}
         if key.endswith("pos_embed") and "decoder" not in key:
             tensors[key] = torch.nn.functional.pad(sincos_2d(PatchConfig(), 192), (0, 0, 1, 0))[None]
         if key == "decoder.decoder_embed.weight":
@@ -213,6 +215,20 @@ def test_wrapped_and_bare_checkpoints_are_read(tmp_path):
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
+def add(checkpoint, name, tensor):
+    checkpoint["model"][name] = tensor
+
+
+def set_patches(checkpoint, frames, bands):
+    add(checkpoint, "patch_embed.proj.weight", torch.zeros(48, 1, frames, bands))
+
+
+def quantized():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates them, and still reads them
+        return torch.quantize_per_tensor(torch.ones(48), 0.1, 0, torch.quint8)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -224,6 +240,28 @@ def test_wrapped_and_bare_checkpoints_are_read(tmp_path):
         (lambda c: c.update(model={"a": torch.ones(1)}), "found none of the tensors"),
         (lambda c: c.update(model={0: torch.zeros(1)}), "expected a dictionary with the model's tensors under 'model'"),
         (lambda c: c["model"].update({"encoder.pos_embed": torch.zeros(())}), "a tensor has too few dimensions"),
+        (lambda c: c["model"].update({"patch_embed.proj.weight": torch.zeros(48)}), "not enough values"),
+        (lambda c: set_patches(c, 4, 0), "PatchConfig.patch_bands must be at least 1, got 0"),
+        (lambda c: set_patches(c, 4, 81), "PatchConfig.patch_bands = 81 must divide bands = 80"),
+        (lambda c: set_patches(c, 0, 16), "PatchConfig.chunk_frames must be at least 1, got 0"),
+        (lambda c: add(c, f"encoder.blocks.{'9' * 5000}.norm1.weight", torch.ones(48)), "missing tensor 'blocks.2."),
+        (lambda c: add(c, "encoder.blocks.\u00b2.norm1.weight", torch.ones(48)), "missing tensor 'blocks.2."),
+        (lambda c: add(c, "encoder.cls_token", torch.ones(48)), "several tensors mean 'cls_token'"),
+        (lambda c: add(c, "module.cls_token", torch.ones(48)), "several tensors mean 'cls_token'"),
+        (lambda c: add(c, "encoder.blocks.0.ffn1.layer1.bias", torch.ones(192)), "tensors mean 'blocks.0.mlp.up.bias'"),
+        (lambda c: add(c, "encoder.pos_embed", torch.ones(1).expand(1, 10**12, 48)), "more than the file has bytes"),
+        (lambda c: add(c, "encoder.pos_embed", torch.ones(1).half().expand(1, 10**12, 48)), "more than the file"),
+        (
+            lambda c: add(c, "cls_token", torch.ones(48).to_sparse()),
+            "is torch.float32, torch.sparse_coo on cpu",
+        ),
+        (
+            lambda c: add(c, "cls_token", torch.ones(48, device="meta")),
+            "torch.strided on meta; expected a plain",
+        ),
+        (lambda c: add(c, "cls_token", torch.ones(48).to(torch.float8_e5m2)), "is torch.float8_e5m2"),
+        (lambda c: add(c, "cls_token", torch.ones(48, dtype=torch.complex64)), "is torch.complex64"),
+        (lambda c: add(c, "cls_token", quantized()), "is torch.quint8"),
         (lambda c: c.update(model=[1, 2]), "expected a dictionary with the model's tensors under 'model'"),
     ],
 )
@@ -243,6 +281,18 @@ def test_file_of_another_format_is_named(content, tmp_path):
         import_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         import_checkpoint(tmp_path / "nothing.pth")
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    torch.save({"model": {"cls_token": torch.zeros(10**6)}}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for member in plain.infolist():
+            bomb.writestr(member.filename, plain.read(member))
+    with pytest.raises(ValueError, match=r"bomb\.pth: .* unpacks to more than its own size"):
+        import_checkpoint(tmp_path / "bomb.pth")
 
 
 class Trap:
