@@ -29,7 +29,7 @@ def check_audio(audio: Tensor, name: str = "audio") -> Tensor:
         UserWarning: samples far outside [-1, 1], such as 16-bit audio that was not scaled.
 
     Raises:
-        TypeError: not a tensor, or samples that are not floating point.
+        TypeError: not a dense tensor, or samples that are not floating point.
         ValueError: not one or two dimensions, shape (samples, channels), empty, or samples that are not finite.
     """
     batch, peak = validate_audio(audio, name)
@@ -63,12 +63,23 @@ def check_shape(audio: Tensor, name: str = "audio") -> None:
             f"{name} must be a torch.Tensor of shape (clips, samples), got {type(audio).__name__}; "
             "model.encode takes paths, NumPy arrays, and lists of clips of different lengths"
         )
+    check_dense(audio, name)
     if not audio.is_floating_point():
         raise TypeError(f"{name} must hold floating-point samples in [-1, 1], got {audio.dtype}")
     if audio.ndim not in (1, 2):
         raise ValueError(f"{name} must have shape (clips, samples) or (samples,), got {tuple(audio.shape)}")
     if audio.numel() == 0:
         raise ValueError(f"{name} is empty: got shape {tuple(audio.shape)}")
+
+
+def check_dense(audio: Tensor, name: str) -> None:
+    """Raise TypeError unless a tensor has all its samples in memory, one after another or in strides.
+
+    Sparse, nested and meta tensors lack most operations, or samples.
+    """
+    if audio.layout != torch.strided or audio.is_nested or audio.is_meta:
+        kind = "a nested tensor" if audio.is_nested else f"{audio.layout} on device {audio.device}"
+        raise TypeError(f"{name} must be a dense tensor with samples in memory, got {kind}")
 
 
 def check_lengths(lengths: Tensor | Sequence[int], clips: int, samples: int) -> list[int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hear_encoders.audio import BLOCK_FRAMES, duration_s, read_audio, to_16_khz
-from hear_encoders.checks import check_audio
+from hear_encoders.checks import check_audio, check_dense
 from hear_encoders.framing import Framing
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from hear_encoders.pcm import check_sample_rate
@@ -108,6 +108,8 @@ def as_clip(given: Any, name: str, sampling_rate: float | None = None) -> Clip:
 def _array_clip(samples: Any, name: str, sampling_rate: Any) -> Clip:
     if not isinstance(samples, (np.ndarray, Tensor)):
         raise TypeError(f"{name} must be {KINDS}; got {type(samples).__name__}")
+    if isinstance(samples, Tensor):
+        check_dense(samples, name)
     if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, Real):
         raise TypeError(f"{name}: sampling_rate must be a number of Hz, got {sampling_rate!r}")
     try:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hear_encoders.checks import check_statistics, validate_audio, warn_if_loud
+from hear_encoders.checks import check_dense, check_statistics, validate_audio, warn_if_loud
 from hear_encoders.embedder import Embedder
 from hear_encoders.execution import call_on_one_core
 from hear_encoders.framing import ExactFraming
@@ -189,6 +189,7 @@ class AxLSTMStream:
         """
         if not isinstance(samples, Tensor):
             raise TypeError(f"samples must be a torch.Tensor of shape (streams, n), got {type(samples).__name__}")
+        check_dense(samples, "samples")
         if samples.ndim not in (1, 2) or torch.atleast_2d(samples).shape[0] != self.streams:
             raise ValueError(f"samples must have shape ({self.streams}, n), got {tuple(samples.shape)}")
         if samples.is_floating_point() and samples.numel() == 0:

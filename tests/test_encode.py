@@ -217,6 +217,7 @@ def test_progress_is_shown_on_request(small_embedder, noise, monkeypatch, termin
         ([np.zeros(10, np.float32), b"RIFF"], TypeError, r"inputs\[1\] must be .*; got bytes"),
         (np.zeros(5, bool), TypeError, r"audio must hold floating-point samples .* uint8, int16, int32; got bool"),
         ([np.zeros(5, np.int64)], TypeError, r"inputs\[0\] must hold floating-point .*; got int64"),
+        (torch.zeros(5, device="meta"), TypeError, "audio must be a dense tensor with samples in memory, got torch.st"),
         (np.zeros((2, 16000)), ValueError, r"shape \(2, 16000\), expected \(samples,\): average channels, .*list\(x\)"),
         ([np.zeros(0, np.float32)], ValueError, r"inputs\[0\] is empty"),
         ([np.zeros(9), np.full(9, math.nan)], ValueError, r"inputs\[1\] must hold finite samples"),

@@ -303,6 +303,12 @@ def test_other_floating_dtypes_of_samples_are_taken(model, noise, dtype):
         ([0.1], TypeError, r"samples must be a torch.Tensor of shape \(streams, n\), got list"),
         (torch.zeros(2, 5, dtype=torch.int16), TypeError, "floating-point samples in .-1, 1., got torch.int16"),
         (torch.zeros(2, 0, dtype=torch.int16), TypeError, "got torch.int16"),
+        (
+            torch.zeros(2, 5).to_sparse(),
+            TypeError,
+            "samples must be a dense tensor with samples in memory, got torch.sp",
+        ),
+        (torch.zeros(2, 0, device="meta"), TypeError, "got torch.strided on device meta"),
         (torch.zeros(3, 100), ValueError, r"samples must have shape \(2, n\), got \(3, 100\)"),
         (torch.zeros(100), ValueError, r"samples must have shape \(2, n\), got \(100,\)"),
         (torch.zeros(3, 0), ValueError, r"samples must have shape \(2, n\), got \(3, 0\)"),
