@@ -43,12 +43,15 @@ LARGEST = {
 }
 MOST_PARAMETERS = 10**10
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # 6 items at each of the default 6 levels would make long texts
+
 
 def shorten(value: object) -> str:
     """Return a value as text for an error: its beginning and end, if it is long, whatever its size and depth."""
     if type(value) is int and value.bit_length() > 100:  # Python refuses to print more than 4300 digits
         return f"an integer of {value.bit_length()} bits"
-    return reprlib.repr(value)
+    return _SHORT.repr(value)
 
 
 def _check_types(config: Any) -> None:

@@ -126,7 +126,7 @@ def invalid(**changes):
         (invalid(patches=patches(chunk_frames=10**8)), "PatchConfig.chunk_frames must be at most 100000, got 10{8}"),
         (invalid(patches=patches(chunk_frames=10**5)), "PatchConfig.patches must be at most 8192, got 125000"),
         (invalid(dim=8192, depth=1000), "config.json: AxLSTMConfig: 6.05e.11 parameters are more than 1e.10"),
-        (invalid(flip=[[[[[[[["deep"]]]]]]]]), r"AxLSTMConfig.flip must be bool, got \[\[\[\[\[\[\[...\]\]\]"),
+        (invalid(flip=[[[[[[[["deep"]]]]]]]]), r"AxLSTMConfig.flip must be bool, got \[\[\[...\]\]\]"),
         ([1, 2], "config.json: field 'family' must be one of"),
         ("axlstm", "config.json: field 'family' must be one of"),
     ],

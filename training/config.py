@@ -21,9 +21,13 @@ from hear_encoders.config import (
     PositionTable,
     Rope,
     TransformerConfig,
+    shorten,
 )
 
 LossOn = Literal["masked", "all"]
+
+# Bounds far above any sensible run: a mistaken config must not ask for absurd memory. A checkpoint's name has 8 digits.
+MOST_CLIPS, MOST_STEPS, MOST_WORKERS = 10**6, 10**8 - 1, 1024
 
 
 @dataclass(frozen=True)
@@ -126,17 +130,27 @@ class RunConfig:
             raise ValueError(f"family {self.encoder.family!r} {'needs a' if needs_decoder else 'has no'} decoder")
         if self.shuffled_rope and not (needs_decoder and self.encoder.rope == "sequence"):
             raise ValueError("shuffled_rope needs a masked autoencoder with encoder.rope = sequence")
+        if self.decoder is not None:
+            try:
+                self.decoder_blocks()
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"decoder: {error}") from error
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
-        for name in (
-            *("batch_size", "accumulate", "crops_per_record", "log_every", "save_every"),
-            *("held_out_every", "held_out_clips", "keep_last"),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, least in {"max_steps": 1, "picture_every": 1, "milestone_every": 1, "warmup_steps": 0}.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least} or null, got {value}")
+        bounds = {
+            **dict.fromkeys(("batch_size", "accumulate", "crops_per_record", "held_out_clips"), (1, MOST_CLIPS)),
+            **dict.fromkeys(("log_every", "save_every", "held_out_every", "keep_last"), (1, MOST_STEPS)),
+            **dict.fromkeys(("max_steps", "picture_every", "milestone_every"), (1, MOST_STEPS)),
+            "warmup_steps": (0, MOST_STEPS),
+            "workers": (0, MOST_WORKERS),
+        }
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must lie between {least} and {most}, got {shorten(value)}")
         if not (self.epochs > 0 and self.warmup_epochs >= 0):
             raise ValueError(
                 f"epochs must be above 0 and warmup_epochs at least 0, got {self.epochs} and {self.warmup_epochs}"
@@ -214,7 +228,10 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         FileNotFoundError: no such file.
         ValueError: a malformed override, an unknown or missing key, or a value of the wrong type.
     """
-    values = _read(Path(path))
+    try:
+        values = _read(Path(path))
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply") from error
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -228,7 +245,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         target[last] = _parse(text, override)
     released = values.pop("released", False)
     if type(released) is not bool:
-        raise ValueError(f"{path}: released must be bool, got {released!r}")
+        raise ValueError(f"{path}: released must be bool, got {shorten(released)}")
     config = run_config_from_dict(values, str(path))
     return as_released(config) if released else config
 
@@ -261,11 +278,14 @@ def run_config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
     """Build a run's config from plain values; the inverse of `dataclasses.asdict`."""
     values = dict(values)
     try:
-        encoder = dict(values.pop("encoder"))
+        encoder = values.pop("encoder")
+        if not isinstance(encoder, dict):
+            raise ValueError(f"encoder: expected keys and values, got {shorten(encoder)}")
+        encoder = dict(encoder)
         decoder = values.pop("decoder", None)
         family = encoder.get("family")
         if family not in CONFIG_OF_FAMILY:
-            raise ValueError(f"encoder.family must be one of {', '.join(CONFIG_OF_FAMILY)}; got {family!r}")
+            raise ValueError(f"encoder.family must be one of {', '.join(CONFIG_OF_FAMILY)}; got {shorten(family)}")
         encoder["patches"] = _make(PatchConfig, encoder.get("patches") or {}, "encoder.patches.")
         return _make(
             RunConfig,
@@ -281,23 +301,31 @@ def run_config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
         raise ValueError(f"{source}: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file and those it inherits; `heirs` are the files that inherit this one."""
     if not path.is_file():
         raise FileNotFoundError(f"no such config: {path}")
-    values = _parse(path.read_text(encoding="utf-8"), str(path)) or {}
+    heirs = (*heirs, path.resolve())
+    if heirs[-1] in heirs[:-1]:
+        raise ValueError(f"{path} inherits itself: {' > '.join(heir.name for heir in heirs)}")
+    values = _parse(path.read_bytes(), str(path)) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(values).__name__}")
     inherited = values.pop("inherits", [])
+    names = [inherited] if isinstance(inherited, str) else inherited
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: inherits must be a file's name or a list of names, got {shorten(inherited)}")
     merged: dict[str, Any] = {}
-    for name in [inherited] if isinstance(inherited, str) else inherited:
-        merged = _merge(merged, _read(path.parent / name))
+    for name in names:
+        merged = _merge(merged, _read(path.parent / name, heirs))
     return _merge(merged, values)
 
 
-def _parse(text: str, source: str) -> Any:
+def _parse(text: str | bytes, source: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # ValueError: a date or an integer that Python refuses. RecursionError: thousands of brackets.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from error
 
 
@@ -311,23 +339,25 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _make(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     """Build a dataclass, checking keys and the types of plain values."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.')}: expected keys and values, got {shorten(values)}")
     hints = typing.get_type_hints(cls)
     checked = {}
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"unknown key {prefix + key!r}; known: {', '.join(hints)}")
+            raise ValueError(f"unknown key '{prefix}{key}'; known: {', '.join(hints)}")
         types = tuple(typing.get_origin(hint) or hint for hint in typing.get_args(hints[key]) or (hints[key],))
         if float in types and type(value) in (int, str):
-            with contextlib.suppress(ValueError):  # YAML reads 1e-3, which has no dot, as text
+            with contextlib.suppress(ValueError, OverflowError):  # YAML reads 1e-3, which has no dot, as text
                 value = float(value)
         if tuple in types and isinstance(value, list) and all(type(item) is int for item in value):
             value = tuple(value)  # YAML and JSON have no tuples
         if typing.get_origin(hints[key]) is Literal:
             if value not in types:
-                raise ValueError(f"{prefix}{key} must be one of {', '.join(map(repr, types))}; got {value!r}")
+                raise ValueError(f"{prefix}{key} must be one of {', '.join(map(repr, types))}; got {shorten(value)}")
         elif type(value) not in types:
             names = " or ".join("null" if type_ is type(None) else type_.__name__ for type_ in types)
-            raise TypeError(f"{prefix}{key} must be {names}, got {value!r}")
+            raise TypeError(f"{prefix}{key} must be {names}, got {shorten(value)}")
         checked[key] = value
     missing = [
         field.name

@@ -102,9 +102,20 @@ def test_overrides_change_nested_values_too():
         ("precision=int8", "precision must be one of 'float32', 'bfloat16', 'float16'; got 'int8'"),
         ("decoder=null", "family 'mae' needs a decoder"),
         ("mask_ratio=1", "mask_ratio must lie between 0 and 1, got 1.0"),
-        ("batch_size=0", "batch_size must be at least 1, got 0"),
-        ("max_steps=0", "max_steps must be at least 1 or null, got 0"),
-        ("milestone_every=0", "milestone_every must be at least 1 or null, got 0"),
+        ("batch_size=0", "batch_size must lie between 1 and 1000000, got 0"),
+        ("max_steps=0", "max_steps must lie between 1 and 99999999, got 0"),
+        ("milestone_every=0", "milestone_every must lie between 1 and 99999999, got 0"),
+        ("batch_size=1000000000000", "batch_size must lie between 1 and 1000000, got 1000000000000"),
+        ("workers=100000", "workers must lie between 0 and 1024, got 100000"),
+        ("base_lr=.nan", "base_lr must be finite, got nan"),
+        ("base_lr=" + "9" * 400, "base_lr must be float, got an integer of 1329 bits"),
+        ("batch_size=" + "9" * 5000, "not valid YAML"),
+        ("decoder.dim=1000000000", "decoder: TransformerConfig.dim must be at most 8192, got 10{9}"),
+        ("decoder.heads=7", "decoder: TransformerConfig.heads = 7 must divide dim = 384"),
+        ("encoder.depth=1000000000", "TransformerConfig.depth must be at most 1000, got 10{9}"),
+        ("encoder=[mae]", r"encoder: expected keys and values, got \['mae'\]"),
+        ("encoder.patches=[4]", r"encoder.patches: expected keys and values, got \[4\]"),
+        ("epochs=.inf", "epochs must be finite, got inf"),
         ("epochs=0", "epochs must be above 0"),
         ("shares=[50,50", r"shares=\[50,50: not valid YAML"),
         ("crops_per_record=3", "crops_per_record = 3 must divide batch_size = 1024"),
@@ -130,6 +141,42 @@ def test_missing_keys_and_files_are_named(tmp_path):
     path.write_text("inherits: nothing.yaml\n")
     with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
         load_run_config(path)
+
+
+def test_a_file_that_inherits_itself_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("inherits: [sub/b.yaml]\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.yaml").write_text("inherits: ../a.yaml\n")
+    with pytest.raises(ValueError, match=r"a\.yaml inherits itself: a\.yaml > b\.yaml > a\.yaml"):
+        load_run_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 5000, "not valid YAML"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: \x00", "not valid YAML"),
+        ("inherits: [3]", r"inherits must be a file's name or a list of names, got \[3\]"),
+        ("inherits: {b.yaml: 1}", "inherits must be a file's name or a list of names"),
+        ("inherits: base.yaml\nencoder: &e {patches: *e}", "nested too deeply"),
+        ("[1]", "expected keys and values, got list"),
+        ("3: 4\nencoder: {family: axlstm, dim: 48, depth: 1}\nmask_ratio: 0.5", "unknown key '3'"),
+    ],
+)
+def test_a_malformed_file_is_named(tmp_path, content, message):
+    (tmp_path / "base.yaml").write_text("encoder: &e {patches: *e}")
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"run\.yaml: {message}"):
+        load_run_config(tmp_path / "run.yaml")
+
+
+def test_an_error_quotes_little_of_a_value_that_expands_without_end(tmp_path):
+    lists = "\n".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 30))
+    (tmp_path / "run.yaml").write_text(f"x0: &x0 lol\n{lists}\nencoder: *x29\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: encoder: expected keys and values") as caught:
+        load_run_config(tmp_path / "run.yaml")
+    assert len(str(caught.value)) < 1000
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
