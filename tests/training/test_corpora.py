@@ -162,6 +162,33 @@ def test_no_path_leads_out_of_a_package(tmp_path, path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need privileges on Windows")
+@pytest.mark.parametrize("path", ["link/bell.wav", "bell.wav", "link/data.zip.d/bell.wav", "data.zip.d/bell.wav"])
+def test_no_link_leads_out_of_a_package(tmp_path, path):
+    package, outside = tmp_path / "package", tmp_path / "outside"
+    package.mkdir()
+    outside.mkdir()
+    (outside / "bell.wav").write_bytes(b"ding")
+    with zipfile.ZipFile(outside / "data.zip", "w") as opened:
+        opened.writestr("bell.wav", b"ding")
+    (package / "link").symlink_to(outside)
+    (package / "bell.wav").symlink_to("../outside/bell.wav")
+    (package / "data.zip").symlink_to(outside / "data.zip")
+    with pytest.raises(ValueError, match=r"a link leads out of package package: (link|bell|data)"):
+        archive.locate(package, path)
+    assert sorted(os.listdir(outside)) == ["bell.wav", "data.zip"]  # nothing was unpacked there
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need privileges on Windows")
+def test_links_within_a_package_are_followed(tmp_path):
+    (tmp_path / "sounds").mkdir()
+    (tmp_path / "sounds" / "bell.wav").write_bytes(b"ding")
+    (tmp_path / "link").symlink_to("sounds")
+    (tmp_path / "bell").symlink_to("link/bell.wav")
+    assert archive.locate(tmp_path, "link/bell.wav").read_bytes() == b"ding"
+    assert archive.locate(tmp_path, "bell.wav").read_bytes() == b"ding"  # named without the extension it lacks
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need privileges on Windows")
 def test_a_licence_may_be_a_link_into_another_package(tmp_path):
     docs = tmp_path / "bells-data" / "usr/share/doc"
     docs.mkdir(parents=True)

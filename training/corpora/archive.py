@@ -148,19 +148,21 @@ def locate(folder: str | os.PathLike[str], path: str) -> Path:
 
     Raises:
         FileNotFoundError: no such file in the package, or no such member in the archive.
-        ValueError: the path leads out of the folder.
+        ValueError: the path leads out of the folder, perhaps through a link.
     """
     folder = Path(folder)
     full = folder / path
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise ValueError(f"not a path inside a package: {path}")
     for candidate in (full, full.with_suffix("")):
+        _check_inside(folder, candidate)
         if candidate.is_file():
             return candidate
     for parent in full.parents:
         if parent == folder:
             break
         archive = parent.with_name(parent.name.removesuffix(".d"))
+        _check_inside(folder, archive)
         if parent.suffix == ".d" and archive.is_file():
             with zipfile.ZipFile(archive) as opened:
                 try:
@@ -172,6 +174,12 @@ def locate(folder: str | os.PathLike[str], path: str) -> Path:
                 file.write(data)
             return full
     raise FileNotFoundError(f"package {folder.name} has no file {path}")
+
+
+def _check_inside(folder: Path, path: Path) -> None:
+    """Raise ValueError if a link leads from a path in a package's folder to the outside."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"a link leads out of package {folder.name}: {path.relative_to(folder)}")
 
 
 def licence_text(package: str, cache: str | os.PathLike[str]) -> str:
