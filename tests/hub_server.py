@@ -203,6 +203,8 @@ class HubServer:
             return _json(400 if errors else 200, {"errors": errors, "warnings": []})
         if path == "/api/repos/create":
             return self._create(json.loads(request.body))
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commits/main", path):
+            return _json(200, self._commits(match[1]))
         batch = re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path)
         match = batch or re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/(revision|preupload|commit)/main)?", path)
         if match is None:
@@ -227,6 +229,13 @@ class HubServer:
             url = f"{self.url}/{repo_id}/commit/{commit}"
             return _json(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
         return _json(200, {"id": repo_id, "private": repo.private, "sha": repo.branches["main"], "siblings": []})
+
+    def _commits(self, repo_id: str) -> list[dict[str, Any]]:
+        date = "2026-01-01T00:00:00.000Z"
+        return [
+            {"id": commit, "title": message, "message": "", "date": date, "authors": []}
+            for commit, message, _files in reversed(self.history(repo_id))
+        ]
 
     def _create(self, wish: dict[str, Any]) -> _Answer:
         repo_id = f"{wish['organization']}/{wish['name']}"

@@ -150,7 +150,7 @@ def test_metadata_is_the_projects(built: Built) -> None:
     extras = set(metadata.get_all("Provides-Extra"))
     assert extras == {
         *("av", "eval", "lint", "map", "mteb", "onnx", "parquet", "peers", "sentence-transformers", "test", "test-map"),
-        *("torchaudio", "train", "transformers"),
+        *("torchaudio", "train", "transformers", "xares"),
     }
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {re.match(r"[\w-]+", line)[0] for line in required}

@@ -24,7 +24,7 @@ def encode_by_mteb(repo_id: str, audio: np.ndarray) -> np.ndarray:
     from datasets import Dataset
     from torch.utils.data import DataLoader
 
-    model = mteb.get_model(repo_id, trust_remote_code=True)
+    model = mteb.get_model(repo_id, device="cpu", trust_remote_code=True)
     rows = Dataset.from_list([{"audio": {"array": audio, "sampling_rate": 16_000}}])
     return model.encode(
         DataLoader(rows), task_metadata=mteb.get_task("BeijingOpera").metadata, hf_split="test", hf_subset="default"
