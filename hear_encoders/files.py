@@ -78,6 +78,17 @@ def _disk_error(error: BaseException | None) -> OSError | None:
     return None
 
 
+@contextmanager
+def file_named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Add a file's name to the system's errors of reading or writing it, such as "No space left on device"."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     """Remove temporary files in a folder that killed processes have left. Those of living processes are locked.
 

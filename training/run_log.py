@@ -12,7 +12,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from hear_encoders.files import atomic_write
+from hear_encoders.files import atomic_write, file_named
 from training.run_dir import LOG_FILE, read_log
 
 TENSORBOARD_FOLDER, PICTURES_FOLDER = "tensorboard", "pictures"
@@ -85,7 +85,7 @@ class RunLog:
         figure = reconstruction_figure(logmel, visible, predicted, f"{self.run.name}, step {step}")
         save_png(figure, self.run / PICTURES_FOLDER / f"step-{step:08d}.png")
         self.tensorboard.add_figure("reconstruction", figure, step)
-        self.tensorboard.flush()
+        self._flush_tensorboard()
 
     def close(self) -> None:
         """Finish the TensorBoard file."""
@@ -102,11 +102,16 @@ class RunLog:
         }
 
     def _write(self, step: int, values: dict[str, float], **more: int) -> None:
-        with open(self.run / LOG_FILE, "a", encoding="utf-8") as file:
+        path = self.run / LOG_FILE
+        with file_named(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **more, **values}) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
-        self.tensorboard.flush()
+        self._flush_tensorboard()
+
+    def _flush_tensorboard(self) -> None:
+        with file_named(self.run / TENSORBOARD_FOLDER):
+            self.tensorboard.flush()
 
     def _reset(self) -> None:
         self.losses: list[float] = []

@@ -650,3 +650,124 @@ def test_a_truncated_shard_is_named(copy: Path) -> None:
         ShardIndex.open(copy)
     with pytest.raises(ValueError, match=r"shard-000001\.tar is truncated"):
         all_records(index)
+
+
+# ---- damage ----
+
+
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_a_record_is_noticed_when_it_is_read(copy: Path) -> None:
+    index = ShardIndex.open(copy)
+    record = 2
+    flip_bit(copy / f"shard-{index.shards[record]:06d}.tar", int(index.offsets[record]) + 17)
+    for opened in (index, ShardIndex.open(copy)):
+        with pytest.raises(ValueError, match=r"shard-\d{6}\.tar is damaged: the checksum of record 2 differs"):
+            opened.read(record)
+        for other in set(range(len(opened))) - {record}:
+            opened.read(other)
+
+
+def test_a_changed_sidecar_is_noticed(copy: Path) -> None:
+    path = copy / "shard-000001.json"
+    path.write_text(path.read_text().replace(".wav", ".mav"))
+    with pytest.raises(ValueError, match=r"shard-000001\.json: damaged: its SHA-256 is \w{64}, expected \w{64}"):
+        ShardIndex.open(copy)
+
+
+def without_checksums(folder: Path) -> None:
+    """Make a folder of shards one of an older version."""
+    for path in folder.glob("shard-*.json"):
+        sidecar = json.loads(path.read_text())
+        del sidecar["sha256"]
+        for record in sidecar["records"]:
+            del record["crc32"]
+        path.write_text(json.dumps(sidecar))
+    index = json.loads((folder / "index.json").read_text())
+    for shard in index["shards"]:
+        del shard["sidecar_sha256"]
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def test_folders_of_older_versions_are_the_same_without_checksums(copy: Path, index: ShardIndex) -> None:
+    without_checksums(copy)
+    older = ShardIndex.open(copy)
+    assert older.fingerprint() == index.fingerprint()
+    for one, other in zip(all_records(older), all_records(index), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("shard-000001.json", "{}"),
+        ("shard-000001.json", "[]"),
+        ("shard-000001.json", '{"records": 3, "failed": []}'),
+        ("shard-000001.json", '{"records": [{"offset": 0}], "failed": []}'),
+        ("shard-000001.json", '{"records": [{"offset": [1, 2], "frames": 1}], "failed": []}'),
+        ("shard-000001.json", '{"records": [{"offset": -1, "frames": 1}], "failed": []}'),
+        ("shard-000001.json", '{"records": [{"offset": 0, "frames": 0}], "failed": []}'),
+        ("shard-000001.json", '{"records": [{"offset": 9223372036854775807, "frames": 1}], "failed": []}'),
+        ("shard-000001.json", '{"records": [{"offset": 0, "frames": 9223372036854775807}], "failed": []}'),
+        ("shard-000001.json", '{"records": [{"offset": 0, "frames": 1e400}], "failed": []}'),
+        ("index.json", "{}"),
+        ("index.json", "[]"),
+        ("index.json", "{"),
+        ("index.json", '{"shards": 3}'),
+        ("index.json", '{"shards": [{"name": "shard-000000.tar"}]}'),
+        ("index.json", '{"frontend": [], "shards": []}'),
+    ],
+)
+def test_a_damaged_index_or_sidecar_is_named(copy: Path, name: str, content: str) -> None:
+    without_checksums(copy)
+    index = json.loads((copy / "index.json").read_text())
+    if name == "index.json" and content.startswith('{"'):
+        content = json.dumps({**index, **json.loads(content)})
+    (copy / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        ShardIndex.open(copy)
+
+
+@pytest.mark.parametrize("name", ["shard-000001.json", "plan.json"])
+def test_preparing_with_a_damaged_sidecar_or_plan_names_it(audio: Path, copy: Path, name: str) -> None:
+    content = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps({"version": content["version"]} if name == "plan.json" else {}))
+    outcome = prepare(audio, copy, *SETTINGS)
+    assert outcome.code in (1, 2) and f"{name}: damaged: KeyError" in outcome.err
+
+
+def verify(folder: Path, capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["--verify", str(folder)])
+    out, err = capsys.readouterr()
+    return ended.value.code, out, err
+
+
+def test_verify_finds_damaged_shards_and_preparing_replaces_them(
+    audio: Path, prepared: Outcome, copy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    code, out, err = verify(copy, capsys)
+    assert (code, err) == (0, "") and f"{len(RECORDS)} records in 3 shards; 3 shards are undamaged" in out
+    flip_bit(copy / "shard-000001.tar", 300)  # in a member's header, which training does not read
+    code, out, err = verify(copy, capsys)
+    assert code == 1 and "2 shards are undamaged" in out
+    assert "shard-000001.tar is damaged: delete shard-000001.tar and shard-000001.json and prepare again" in err
+    (copy / "shard-000001.tar").unlink()
+    (copy / "shard-000001.json").unlink()
+    assert prepare(audio, copy, *SETTINGS).code == prepared.code
+    assert verify(copy, capsys)[0] == 0 and hashes(copy) == hashes(prepared.path)
+
+
+def test_verify_names_other_damage_and_folders_without_checksums(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    without_checksums(copy)
+    code, out, _ = verify(copy, capsys)
+    assert code == 0 and "3 shards of an older version have no checksums: only their sizes were compared" in out
+    os.truncate(copy / "shard-000000.tar", 1000)
+    code, _, err = verify(copy, capsys)
+    assert code == 1 and "shard-000000.tar has 1000 bytes, expected" in err
+    code, _, err = verify(copy / "nowhere", capsys)
+    assert code == 1 and "no index.json" in err

@@ -20,9 +20,9 @@ from typing import Any
 
 from hear_encoders.audio import AudioFile, duration_s
 from hear_encoders.console import progress
-from hear_encoders.files import read_json, settings_difference, write_json
+from hear_encoders.files import settings_difference, write_json
 from hear_encoders.nn.frontend import SAMPLE_RATE
-from training.corpora.shards import FORMAT_VERSION
+from training.corpora.shards import FORMAT_VERSION, damage_named, read_object
 
 PLAN_FILE = "plan.json"
 
@@ -201,16 +201,17 @@ def _read_durations_s(root: Path, recordings: Sequence[Recording], jobs: int) ->
 
 
 def _read_plan(path: Path) -> Plan:
-    saved = read_json(path)
+    saved = read_object(path)
     if saved.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"{path}: version {saved.get('version')}, this code writes {FORMAT_VERSION}: choose another folder"
         )
-    shards = [
-        [Recording(name, size, tuple(map(tuple, excerpts))) for name, size, excerpts in shard]
-        for shard in saved["shards"]
-    ]
-    return Plan(saved["settings"], shards)
+    with damage_named(path):
+        shards = [
+            [Recording(name, size, tuple(map(tuple, excerpts))) for name, size, excerpts in shard]
+            for shard in saved["shards"]
+        ]
+        return Plan(dict(saved["settings"]), shards)
 
 
 def _check_recordings(out_dir: Path, plan: Plan, recordings: Sequence[Recording]) -> None:

@@ -18,6 +18,7 @@ import re
 import sys
 import tarfile
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -29,9 +30,19 @@ import numpy as np
 from torch import Tensor, nn
 
 from hear_encoders.audio import find_audio, load_audio
+from hear_encoders.checkpoint import sha256
 from hear_encoders.checks import check_audio
-from hear_encoders.console import BAD_USAGE, FAILED, INTERRUPTED, output_path, positive, print_error, progress
-from hear_encoders.files import atomic_write, locked, read_json, write_json
+from hear_encoders.console import (
+    BAD_USAGE,
+    FAILED,
+    INTERRUPTED,
+    output_path,
+    positive,
+    print_error,
+    print_line,
+    progress,
+)
+from hear_encoders.files import atomic_write, locked, write_json
 from hear_encoders.nn.frontend import SAMPLE_RATE
 from hear_encoders.nn.frontend_torchaudio import FRONTENDS, FrontendName
 from training.corpora.plan import (
@@ -46,7 +57,17 @@ from training.corpora.plan import (
     samples_per_record,
     select,
 )
-from training.corpora.shards import FORMAT_VERSION, INDEX_FILE, frontend_settings, shard_name, sidecar_name
+from training.corpora.shards import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    ShardIndex,
+    damage_named,
+    frontend_settings,
+    read_object,
+    shard_name,
+    sidecar_name,
+    verify,
+)
 from training.corpora.workers import check_stopped, run_in_workers, sigterm_interrupts
 
 MISSING_NAMED = 5  # of listed clips without a file
@@ -56,10 +77,18 @@ examples:
   python -m training.corpora.prepare music/ speech/ shards/
   python -m training.corpora.prepare audioset/ shards/ --jobs 16 \\
       --csv unbalanced_train_segments.csv --csv balanced_train_segments.csv
+  python -m training.corpora.prepare --verify shards/
 
 Run the same command again to continue after an interruption: finished shards are kept. Exit codes: 0 all files are in
 the shards; 1 some files could not be read, or the run had to stop; 2 bad usage, nothing was done; 130 interrupted.
 """
+
+
+class _Verify(argparse.Action):
+    """The option --verify, which like --help needs no other arguments and ends the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        parser.exit(_verify(parser.prog, values))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="worker processes; default: %(default)s",
     )
+    parser.add_argument(
+        "--verify", type=Path, action=_Verify, metavar="SHARDS", help="only check that a folder of shards is undamaged"
+    )
     options = parser.parse_args(arguments)
     if not SHORTEST_REMAINDER_S <= options.record_seconds < math.inf:
         parser.error(f"--record-seconds must be at least {SHORTEST_REMAINDER_S}")
@@ -139,7 +171,7 @@ def _prepare(prog: str, options: argparse.Namespace) -> int:
                 (out_dir / INDEX_FILE).unlink(missing_ok=True)  # it marks a complete folder
                 _make_shards(prog, root, out_dir, plan, todo, options.jobs, options.frontend)
             index, failed = _write_index(out_dir, len(plan.shards), plan.settings["frontend"])
-        except (OSError, MemoryError, BrokenProcessPool) as error:
+        except (OSError, ValueError, MemoryError, BrokenProcessPool) as error:
             print_error(prog, f"error: {str(error) or type(error).__name__}; finished shards are kept")
             return FAILED
     print(
@@ -149,6 +181,28 @@ def _prepare(prog: str, options: argparse.Namespace) -> int:
     for failure in failed:
         print_error(prog, f"failed: {failure['reason']}")
     return FAILED if failed else 0
+
+
+def _verify(prog: str, path: Path) -> int:
+    """Check a folder of shards, print what is wrong with it, and return the exit code."""
+    try:
+        index = ShardIndex.open(path)
+        shards = len(read_object(path / INDEX_FILE)["shards"])
+        whole: list[bool | None] = []
+        with progress(shards, "shard", "verifying") as advance:
+            for number in range(shards):
+                whole.append(verify(path, number))
+                if whole[-1] is False:
+                    names = f"{shard_name(number)} and {sidecar_name(number)}"
+                    print_error(prog, f"{path / shard_name(number)} is damaged: delete {names} and prepare again")
+                advance()
+    except (OSError, ValueError) as error:
+        print_error(prog, f"error: {error}")
+        return FAILED
+    print_line(f"{path}: {len(index)} records in {len(whole)} shards; {whole.count(True)} shards are undamaged")
+    if unknown := whole.count(None):
+        print_line(f"{unknown} shards of an older version have no checksums: only their sizes were compared")
+    return FAILED if False in whole else 0
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -221,7 +275,8 @@ def _write_shard(
                     failed.append({"source": recording.name, "reason": str(error).replace(str(source), recording.name)})
                     continue
                 records += _add_recording(file, tar, recording, audio, record_samples, logmel)
-    write_json(out_dir / sidecar_name(number), {"records": records, "failed": failed}, indent=None)
+    sidecar = {"sha256": sha256(path), "records": records, "failed": failed}
+    write_json(out_dir / sidecar_name(number), sidecar, indent=None)
     return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
@@ -251,7 +306,7 @@ def _add_recording(
         np.save(npy, values)
         end = _add_member(file, tar, f"{key}.logmel.npy", npy.getvalue())
         _add_member(file, tar, f"{key}.json", json.dumps(about).encode())
-        yield {"key": key, "offset": end - values.nbytes, **about}
+        yield {"key": key, "offset": end - values.nbytes, "crc32": zlib.crc32(values.tobytes()), **about}
 
 
 def _add_member(file: BinaryIO, tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -274,13 +329,20 @@ def _write_index(out_dir: Path, shards: int, frontend: dict[str, Any]) -> tuple[
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     for number in range(shards):
-        sidecar = read_json(out_dir / sidecar_name(number))
-        hours = math.fsum(record["duration_s"] for record in sidecar["records"]) / 3600
-        path = out_dir / shard_name(number)
+        path, sidecar_path = out_dir / shard_name(number), out_dir / sidecar_name(number)
+        sidecar = read_object(sidecar_path)
+        with damage_named(sidecar_path):
+            hours = math.fsum(record["duration_s"] for record in sidecar["records"]) / 3600
+            failed += sidecar["failed"]
         rows.append(
-            {"name": path.name, "records": len(sidecar["records"]), "hours": hours, "bytes": path.stat().st_size}
+            {
+                "name": path.name,
+                "records": len(sidecar["records"]),
+                "hours": hours,
+                "bytes": path.stat().st_size,
+                "sidecar_sha256": sha256(sidecar_path),
+            }
         )
-        failed += sidecar["failed"]
     index = {
         "version": FORMAT_VERSION,
         "frontend": frontend,

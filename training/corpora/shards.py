@@ -6,6 +6,10 @@ A folder of shards holds (NNNNNN: the shard's number, KEY: the record's name, wi
     shard-NNNNNN.json   sidecar: the records' offsets, and sources that could not be read
     index.json          written last: front end, number of records and hours, list of shards
     plan.json           assigns sources to shards; only `prepare` reads it
+
+The index has the SHA-256 of each sidecar, which is verified when the folder is opened; the sidecar has its shard's
+SHA-256, which `verify` compares, and the CRC-32 of each record's values, which is verified whenever the record is read.
+Folders of older versions lack all three.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from hear_encoders.files import read_json
+from hear_encoders.checkpoint import sha256
+from hear_encoders.files import file_named, read_json
 from hear_encoders.nn import frontend
 from hear_encoders.nn.frontend_torchaudio import FrontendName
 
@@ -31,6 +38,12 @@ INDEX_FILE = "index.json"
 
 # Files kept open. A process may usually have 1024, and AudioSet alone is 2000 shards.
 _OPEN_SHARDS = 512
+
+_NO_CHECKSUM = -1
+
+
+class DamagedShardsError(ValueError):
+    """A file in a folder of shards is damaged."""
 
 
 def shard_name(number: int) -> str:
@@ -78,14 +91,18 @@ class ShardIndex:
         shards: (records,) int32, the number of each record's shard.
         offsets: (records,) int64, where each record's values begin in the shard, in bytes.
         frames: (records,) int32, lengths in frames of 10 ms.
+        checksums: (records,) int64, CRC-32 of each record's values; -1 if it has none.
         sizes: [number of records], as in `JoinedShards`.
     """
 
-    def __init__(self, path: Path, shards: np.ndarray, offsets: np.ndarray, frames: np.ndarray) -> None:
+    def __init__(
+        self, path: Path, shards: np.ndarray, offsets: np.ndarray, frames: np.ndarray, checksums: np.ndarray
+    ) -> None:
         self.path = path
         self.shards = shards
         self.offsets = offsets
         self.frames = frames
+        self.checksums = checksums
         self.sizes = [len(offsets)]
         self._firsts = np.searchsorted(shards, np.arange(shards[-1] + 1 if len(shards) else 0))
         self._files: dict[int, _File] = {}
@@ -104,7 +121,7 @@ class ShardIndex:
 
         Raises:
             FileNotFoundError: the folder has no index.json (`prepare` did not finish), or a shard is missing.
-            ValueError: the version or front end is not this code's, or the shards do not match the index.
+            ValueError: the version or front end is not this code's, or a file is damaged or does not match the index.
         """
         path = Path(path)
         index_file = path / INDEX_FILE
@@ -112,24 +129,24 @@ class ShardIndex:
             raise FileNotFoundError(
                 f"no {INDEX_FILE} in {path}: let `python -m training.corpora.prepare ... {path}` finish"
             )
-        index = read_json(index_file)
+        index = read_object(index_file)
         if index.get("version") != FORMAT_VERSION:
             raise ValueError(f"{index_file}: version {index.get('version')}, this code reads {FORMAT_VERSION}")
         _check_frontend(index.get("frontend", {}), index_file)
-        counts = [shard["records"] for shard in index["shards"]]
-        offsets, frames = np.empty(sum(counts), dtype=np.int64), np.empty(sum(counts), dtype=np.int32)
-        last = 0
-        for number, shard in enumerate(index["shards"]):
-            _check_size(path / shard_name(number), shard["bytes"])
-            records = _read_sidecar(path, number)
-            if len(records) != shard["records"]:
-                raise ValueError(
-                    f"{path / sidecar_name(number)}: {len(records)} records, but {index_file} says {shard['records']}"
-                )
-            first, last = last, last + len(records)
-            offsets[first:last] = [record["offset"] for record in records]
-            frames[first:last] = [record["frames"] for record in records]
-        return cls(path, np.repeat(np.arange(len(counts), dtype=np.int32), counts), offsets, frames)
+        with damage_named(index_file):
+            rows = [(shard["records"], shard["bytes"], shard.get("sidecar_sha256")) for shard in index["shards"]]
+        tables = [np.empty((0, 3), dtype=np.int64)]  # offset, frames, checksum of each record
+        for number, (count, size, checksum) in enumerate(rows):
+            _check_size(path / shard_name(number), size)
+            sidecar = path / sidecar_name(number)
+            if checksum is not None and (got := sha256(sidecar)) != checksum:
+                raise DamagedShardsError(f"{sidecar}: damaged: its SHA-256 is {got}, expected {checksum}")
+            tables.append(_read_table(sidecar, size))
+            if len(tables[-1]) != count:
+                raise DamagedShardsError(f"{sidecar}: {len(tables[-1])} records, but {index_file} says {count}")
+        shards = np.repeat(np.arange(len(rows), dtype=np.int32), [len(table) for table in tables[1:]])
+        offsets, frames, checksums = np.concatenate(tables).T
+        return cls(path, shards, offsets.copy(), frames.astype(np.int32), checksums.copy())
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -140,13 +157,16 @@ class ShardIndex:
         Raises:
             IndexError: no record i.
             FileNotFoundError: its shard is missing.
-            ValueError: its shard is truncated.
+            DamagedShardsError: its shard is truncated, or the record's checksum does not match.
         """
         shard, frames = int(self.shards[i]), int(self.frames[i])
         length = frames * frontend.BANDS * 2
         data = self._file(shard).read(length, int(self.offsets[i]))
         if len(data) < length:
-            raise ValueError(f"{self.path / shard_name(shard)} is truncated: record {i} is incomplete")
+            raise DamagedShardsError(f"{self.path / shard_name(shard)} is truncated: record {i} is incomplete")
+        expected = int(self.checksums[i])
+        if expected != _NO_CHECKSUM and zlib.crc32(data) != expected:
+            raise DamagedShardsError(f"{self.path / shard_name(shard)} is damaged: the checksum of record {i} differs")
         return np.frombuffer(data, dtype="<f2").reshape(frames, frontend.BANDS)
 
     def record(self, i: int) -> Record:
@@ -158,7 +178,7 @@ class ShardIndex:
         shard, i = int(self.shards[i]), range(len(self))[i]
         number, records = self._sidecar
         if number != shard:
-            records = _read_sidecar(self.path, shard)
+            records = read_object(self.path / sidecar_name(shard))["records"]
             self._sidecar = (shard, records)
         found = records[i - int(self._firsts[shard])]
         return Record(found["key"], found["source"], found["start_s"], found["duration_s"])
@@ -210,6 +230,7 @@ class _File:
     """A file that any thread may read; closed when it is no longer referenced."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor = -1
         self._lock = threading.Lock()
         try:
@@ -218,19 +239,44 @@ class _File:
             raise FileNotFoundError(f"shard is missing: {path}") from error
 
     def read(self, length: int, offset: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._descriptor, length, offset)
-        with self._lock:  # Windows
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            return os.read(self._descriptor, length)
+        with file_named(self._path):
+            if hasattr(os, "pread"):
+                return os.pread(self._descriptor, length, offset)
+            with self._lock:  # Windows
+                os.lseek(self._descriptor, offset, os.SEEK_SET)
+                return os.read(self._descriptor, length)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
 
-def _check_frontend(saved: dict[str, Any], index_file: Path) -> None:
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn the errors of a JSON file's values that are missing or of other types into one that names the file."""
+    try:
+        yield
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise DamagedShardsError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+
+
+def verify(path: str | os.PathLike[str], number: int) -> bool | None:
+    """Compare a shard's SHA-256 with its sidecar's.
+
+    Args:
+        path: the folder.
+        number: the shard's.
+
+    Returns:
+        Whether they are equal; None if the sidecar has none.
+    """
+    expected = read_object(Path(path) / sidecar_name(number)).get("sha256")
+    return None if expected is None else sha256(Path(path) / shard_name(number)) == expected
+
+
+def _check_frontend(saved: Any, index_file: Path) -> None:
     ours = frontend_settings()
+    saved = saved if isinstance(saved, dict) else {}
     saved = {name: value for name, value in saved.items() if name != "library"}  # libraries differ by rounding
     differences = [
         f"{name} is {saved.get(name)}, expected {ours.get(name)}"
@@ -245,8 +291,24 @@ def _check_size(file: Path, expected: int) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"shard is missing: {file}")
     if file.stat().st_size != expected:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes, expected {expected}: truncated or changed")
+        raise DamagedShardsError(f"{file} has {file.stat().st_size} bytes, expected {expected}: truncated or changed")
 
 
-def _read_sidecar(path: Path, number: int) -> list[dict[str, Any]]:
-    return read_json(path / sidecar_name(number))["records"]
+def _read_table(sidecar: Path, shard_bytes: int) -> np.ndarray:
+    """Read offset, frames and checksum of a shard's records: (records, 3) int64."""
+    values = read_object(sidecar)
+    with damage_named(sidecar):
+        rows = [(record["offset"], record["frames"], record.get("crc32", _NO_CHECKSUM)) for record in values["records"]]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    offsets, frames = table[:, 0], table[:, 1].clip(max=2**31 - 1)  # products of larger numbers might overflow
+    if not ((table[:, :2] >= (0, 1)).all() and (frames * frontend.BANDS * 2 <= shard_bytes - offsets).all()):
+        raise DamagedShardsError(f"{sidecar}: damaged: a record lies outside of its shard")
+    return table
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raise ValueError, which names the file, if it is damaged."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DamagedShardsError(f"{path}: damaged: expected a JSON object, got {type(value).__name__}")
+    return value
