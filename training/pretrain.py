@@ -38,7 +38,7 @@ from hear_encoders.execution import raise_mmap_threshold
 from hear_encoders.files import locked
 from hear_encoders.threads import use_threads
 from training.config import RunConfig, learning_rate_factor, load_run_config
-from training.corpora.shards import JoinedShards, ShardIndex
+from training.corpora.shards import DamagedShardsError, JoinedShards, ShardIndex
 from training.data import RowBatches, crop_loader, run_crops
 from training.flops import matmul_rate
 from training.held_out import FixedCrops
@@ -52,6 +52,7 @@ from training.run_dir import (
     prune_checkpoints,
     read_run_config,
     save_checkpoint,
+    set_aside_checkpoints_after,
     write_or_check_config,
     write_or_check_data,
 )
@@ -185,7 +186,7 @@ class Trainer:
     # ---- checkpoints ----
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one."""
+        """Load the newest checkpoint that is not damaged, if there is any."""
         if latest_checkpoint(self.run) is None:
             return
         checkpoint, tensors, state = load_latest_checkpoint(self.run)
@@ -194,6 +195,8 @@ class Trainer:
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=options)
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+        if self.context.is_main:
+            set_aside_checkpoints_after(self.run, self.step)
         logger.info("resumed from %s", checkpoint)
 
     def save(self) -> None:
@@ -407,8 +410,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except FloatingPointError as error:
             print_error(PROG, f"error: {error}; the state before it is saved")
             return NOT_FINITE
-        except OSError as error:
-            print_error(PROG, f"error: {error}; earlier checkpoints are kept")
+        except (OSError, DamagedShardsError) as error:
+            # From a worker that reads data, the message is a whole traceback, whose last line says what happened.
+            reason = str(error).strip().splitlines()[-1]
+            print_error(PROG, f"error: {reason}; the run can go on from its newest checkpoint")
             return FAILED
     if context.processes > 1:
         dist.barrier()  # a process that left while others still talk to it would end them with an error

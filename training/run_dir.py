@@ -9,7 +9,8 @@
 
 A checkpoint holds the model as safetensors; the optimizer, the gradient scaler and the step are in a file that
 `torch.load(weights_only=True)` reads. It is written under another name and renamed once it is complete and on disk, so
-a directory of that name is always whole. Data order, crops and masks are functions of the seed and the step, so
+a directory of that name is always whole. `sha256.json` has the hashes of both files: if what is read later differs, the
+run goes on from the checkpoint before. Data order, crops and masks are functions of the seed and the step, so
 checkpoints need not hold them.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,12 +30,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hear_encoders.checkpoint import sha256
 from hear_encoders.files import atomic_write, read_json, settings_difference, write_json, write_or_check_settings
 from training.config import RunConfig, run_config_from_dict
 from training.corpora.shards import JoinedShards
 
 CONFIG_FILE, DATA_FILE, LOG_FILE = "run.json", "data.json", "log.jsonl"
-MODEL_FILE, STATE_FILE = "model.safetensors", "state.pt"  # of a checkpoint
+MODEL_FILE, STATE_FILE, HASHES_FILE = "model.safetensors", "state.pt", "sha256.json"  # of a checkpoint
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{8})")
 
 # Settings that may change when a run is resumed, since they do not change its result.
@@ -41,6 +44,8 @@ _FREE_SETTINGS = {
     *("workers", "log_every", "save_every", "keep_last", "milestone_every", "max_hours"),
     *("held_out_every", "held_out_clips", "picture_every"),
 }
+
+logger = logging.getLogger("training")
 
 
 # ---- config and data ----
@@ -159,6 +164,7 @@ def save_checkpoint(run: Path, step: int, model: dict[str, Tensor], state: dict[
         raise OSError(f"{unfinished / MODEL_FILE}: {error}") from error
     with atomic_write(unfinished / STATE_FILE) as file:
         torch.save(state, file)
+    write_json(unfinished / HASHES_FILE, {name: sha256(unfinished / name) for name in (MODEL_FILE, STATE_FILE)})
     for path in (unfinished / MODEL_FILE, unfinished):
         _flush(path)
     os.rename(unfinished, final)
@@ -167,8 +173,24 @@ def save_checkpoint(run: Path, step: int, model: dict[str, Tensor], state: dict[
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint's directory: the model's tensors, and everything else."""
-    return load_file(checkpoint / MODEL_FILE), torch.load(checkpoint / STATE_FILE, weights_only=True)
+    """Read a checkpoint's directory: the model's tensors, and everything else.
+
+    Raises:
+        ValueError: a file is missing or damaged. Those of older versions have no hashes to compare with.
+    """
+    try:
+        if (checkpoint / HASHES_FILE).exists():
+            expected = read_json(checkpoint / HASHES_FILE)
+            for name in (MODEL_FILE, STATE_FILE):
+                if sha256(checkpoint / name) != expected[name]:
+                    raise ValueError(f"{name} has another SHA-256 than {HASHES_FILE} says")
+        return load_file(checkpoint / MODEL_FILE), torch.load(checkpoint / STATE_FILE, weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{checkpoint} is damaged: {error}") from error
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        raise ValueError(f"{checkpoint} is damaged: {error}") from error
 
 
 def steps_saved(run: Path) -> list[int]:
@@ -184,15 +206,34 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def load_latest_checkpoint(run: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Read a run's newest checkpoint: its directory, the model's tensors, and everything else.
+    """Read a run's newest checkpoint that is not damaged: its directory, the model's tensors, and everything else.
+
+    Damaged ones are named in the log.
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
+        ValueError: all checkpoints are damaged.
     """
-    checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{run} has no checkpoint yet")
-    return checkpoint, *load_checkpoint(checkpoint)
+    errors = []
+    for step in reversed(steps_saved(run)):
+        checkpoint = run / f"checkpoint-{step:08d}"
+        try:
+            return checkpoint, *load_checkpoint(checkpoint)
+        except ValueError as error:
+            logger.warning("%s; looking for an earlier checkpoint", error)
+            errors.append(error)
+    if errors:
+        raise ValueError(f"{run} has no undamaged checkpoint: {errors[0]}")
+    raise FileNotFoundError(f"{run} has no checkpoint yet")
+
+
+def set_aside_checkpoints_after(run: Path, step: int) -> None:
+    """Rename later checkpoints, which are damaged, to `damaged-checkpoint-...`, so that theirs can be written again."""
+    for later in steps_saved(run):
+        if later > step:
+            name = f"checkpoint-{later:08d}"
+            shutil.rmtree(run / f"damaged-{name}", ignore_errors=True)  # of an earlier attempt
+            os.rename(run / name, run / f"damaged-{name}")
 
 
 def prune_checkpoints(run: Path, keep_last: int, milestone_every: int | None) -> None:

@@ -276,6 +276,80 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_the_same(family, optimizer, 
     assert_same_bits(second.model.state_dict(), whole.model.state_dict())
 
 
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def without_hashes(checkpoint):
+    """Make a checkpoint one of an older version."""
+    (checkpoint / "sha256.json").unlink()
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: flip_bit(c / "model.safetensors"), "model.safetensors has another SHA-256 than sha256.json says"),
+        (lambda c: flip_bit(c / "state.pt"), "state.pt has another SHA-256"),
+        (lambda c: (c / "sha256.json").write_text("{"), "not valid JSON"),
+        (lambda c: (c / "sha256.json").write_text("[]"), "checkpoint-00000008 is damaged"),
+        (lambda c: (c / "state.pt").unlink(), "No such file"),
+        (lambda c: (without_hashes(c), truncate(c / "model.safetensors")), "checkpoint-00000008 is damaged"),
+        (lambda c: (without_hashes(c), truncate(c / "state.pt")), "checkpoint-00000008 is damaged"),
+        (lambda c: shutil.rmtree(c) or c.mkdir(), "checkpoint-00000008 is damaged"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(damage, message, tmp_path, caplog):
+    for step in (4, 8):
+        run_dir.save_checkpoint(tmp_path, step, {"weight": torch.full((99,), float(step))}, {"step": step})
+    damage(tmp_path / "checkpoint-00000008")
+    checkpoint, tensors, state = run_dir.load_latest_checkpoint(tmp_path)
+    assert (checkpoint.name, tensors["weight"][0], state["step"]) == ("checkpoint-00000004", 4, 4)
+    assert message in caplog.text and "looking for an earlier checkpoint" in caplog.text
+    truncate(tmp_path / "checkpoint-00000004" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has no undamaged checkpoint: .*checkpoint-00000008 is damaged"):
+        run_dir.load_latest_checkpoint(tmp_path)
+
+
+def test_checkpoints_of_older_versions_have_no_hashes_and_load(tmp_path):
+    without_hashes(run_dir.save_checkpoint(tmp_path, 3, {"weight": torch.ones(3)}, {"step": 3}))
+    assert run_dir.load_latest_checkpoint(tmp_path)[2] == {"step": 3}
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_bit_for_bit_the_same(shards, tmp_path, capsys):
+    whole = train("mae", shards, tmp_path / "whole", "save_every=4")
+    parts = tmp_path / "parts"
+    shutil.copytree(tmp_path / "whole", parts)  # with the checkpoints of steps 8 and 12
+    flip_bit(parts / "checkpoint-00000012" / "state.pt")
+    assert_same_bits(train("mae", shards, parts, "save_every=4"), whole)
+    run_dir.load_checkpoint(parts / "checkpoint-00000012")  # written again
+    assert (parts / "damaged-checkpoint-00000012").is_dir()
+    for checkpoint in parts.glob("checkpoint-*"):
+        flip_bit(checkpoint / "model.safetensors")
+    assert pretrain.main(command("mae", shards, parts, "save_every=4")[2:]) == 2
+    assert "has no undamaged checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_damaged_during_a_run_is_one_line_and_the_state_is_saved(workers, shards, tmp_path, capsys):
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    index = ShardIndex.open(copy)
+    content = bytearray((copy / "shard-000000.tar").read_bytes())
+    content[int(index.offsets[5]) + 99] ^= 1
+    (copy / "shard-000000.tar").write_bytes(content)
+    overrides = ["batch_size=1", "log_every=1", f"workers={workers}"]
+    assert pretrain.main(command("mae", copy, tmp_path / "run", *overrides)[2:]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "shard-000000.tar is damaged: the checksum of record 5 differs; the run can go on" in line
+    assert run_dir.steps_saved(tmp_path / "run") == [len(read_log(tmp_path / "run"))]
+
+
 @pytest.mark.parametrize("large", ["model.safetensors", "state.pt"])
 def test_a_full_disk_is_named_with_the_file_and_leaves_earlier_checkpoints(tmp_path, large):
     resource = pytest.importorskip("resource")
@@ -291,6 +365,20 @@ def test_a_full_disk_is_named_with_the_file_and_leaves_earlier_checkpoints(tmp_p
     assert run_dir.steps_saved(tmp_path) == [1]
 
 
+def test_a_full_disk_is_named_with_the_log(tmp_path):
+    resource = pytest.importorskip("resource")
+    log = RunLog(tmp_path, 0, 9, 1, 1.0)
+    log.add(1.0, 1.0, 0.1, 1, 0.1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*log\.jsonl'"):
+            log.write(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        log.close()
+
+
 def test_an_error_of_the_disk_is_one_line(shards, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state.pt")
@@ -298,7 +386,7 @@ def test_an_error_of_the_disk_is_one_line(shards, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(pretrain, "save_checkpoint", fail)
     assert pretrain.main(command("mae", shards, tmp_path)[2:]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.endswith("No space left on device: 'state.pt'; earlier checkpoints are kept")
+    assert message.endswith("No space left on device: 'state.pt'; the run can go on from its newest checkpoint")
 
 
 TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
