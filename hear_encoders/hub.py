@@ -7,6 +7,7 @@ huggingface_hub is imported only when it is needed, so that importing the packag
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,12 @@ def fetch_checkpoint(repo_id: str, revision: str | None = None) -> Path:
     if weights.parent != config.parent:
         raise ConnectionError(f"asked for commit {commit} of {repo_id!r}, the Hub sent commit {weights.parent.name}")
     return config.parent
+
+
+def cached_sha256(path: Path) -> str | None:
+    """Return the SHA-256 that the Hub stated for a file in its cache; None for other files, and for small ones."""
+    blob = os.path.realpath(path)  # the cache holds large files under their hash, and links to them
+    return os.path.basename(blob) if re.search(r"[/\\]blobs[/\\][0-9a-f]{64}$", blob) else None
 
 
 def check_repo_id(repo_id: str) -> None:

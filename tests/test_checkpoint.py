@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hear_encoders import build_encoder, checkpoint, load_checkpoint, save_checkpoint
 from hear_encoders.checkpoint import fingerprint, resolve, saved_fingerprint
+from hear_encoders.cli.weights import main as weights_main
 from hear_encoders.config import config_to_dict
 from hear_encoders.files import atomic_write
 
@@ -108,6 +109,44 @@ def test_shapes_are_compared_with_the_header_before_tensors_are_built(saved, mon
     monkeypatch.setattr(checkpoint, "_fill", no_tensors)
     with pytest.raises(ValueError, match=r"model\.safetensors: missing tensor 'blocks\.2\."):
         load_checkpoint(saved)
+
+
+def test_verify_compares_a_checkpoint_with_its_checksum(saved, capsys):
+    weights = saved / "model.safetensors"
+    assert weights_main(["verify", str(saved)]) == 0
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert capsys.readouterr().out.splitlines() == [
+        f"file              {weights}",
+        "checksum          matches config and weights",
+        f"SHA-256           {digest}",
+    ]
+    tensors = load_file(weights)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert weights_main(["verify", str(saved)]) == 1
+    assert "model.safetensors: damaged" in capsys.readouterr().err
+    save_file(tensors, weights)
+    assert weights_main(["verify", str(weights)]) == 0
+    assert "none in this file; it loads" in capsys.readouterr().out
+    assert weights_main(["verify", str(saved / "nowhere")]) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need privileges on Windows")
+def test_verify_compares_a_file_of_the_hubs_cache_with_its_name_there(saved, tmp_path, capsys):
+    snapshot, blobs = tmp_path / "snapshots" / ("0" * 40), tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (snapshot / "config.json").write_bytes((saved / "config.json").read_bytes())
+    content = (saved / "model.safetensors").read_bytes()
+    for name, code in ((hashlib.sha256(content).hexdigest(), 0), ("1" * 64, 1)):
+        (blobs / name).write_bytes(content)
+        (snapshot / "model.safetensors").unlink(missing_ok=True)
+        (snapshot / "model.safetensors").symlink_to(blobs / name)
+        assert weights_main(["verify", str(snapshot)]) == code
+        out, err = capsys.readouterr()
+        assert ("(matches the Hub)" in out) == (code == 0)
+        assert ("damaged in the Hub's cache" in err) == (code == 1)
 
 
 def change_tensors(directory, change):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 import hub_client
 import pytest
 from hub_server import TOKEN, HubServer, Request
+
+from hear_encoders.hub import cached_sha256
 
 REPO = "org/name"
 CONFIG = b'{"family": "audiomaepp"}'
@@ -98,6 +101,8 @@ def test_downloads_both_files_and_follows_the_redirect_to_storage(hub: HubServer
     outcome = fetch()
     assert_fetched(outcome, commit)
     assert outcome.result.is_relative_to(home)
+    assert cached_sha256(outcome.result / "model.safetensors") == hashlib.sha256(WEIGHTS).hexdigest()
+    assert cached_sha256(outcome.result / "config.json") is None
     assert file_requests(hub) == [
         ("HEAD", "config.json"),
         ("GET", "config.json"),

@@ -39,6 +39,7 @@ examples:
   hear-weights package hear_axlstm folder/
   hear-weights push weights/ org/name --card MODEL_CARD.md
   hear-weights export hear_axlstm axlstm.onnx
+  hear-weights verify weights/
 
 `hear-weights COMMAND --help` describes a command's options.
 """
@@ -61,6 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show = commands.add_parser("show", help="print a checkpoint's configuration, size, parameter count and SHA-256")
     show.add_argument("source", metavar="CHECKPOINT", help=weights)
     show.add_argument("--revision", help=revision)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check that a checkpoint is undamaged",
+        description="Check that a checkpoint loads and equals the checksums that it was saved and fetched with. "
+        "Exit codes: 0 it does, 1 it is damaged, 2 there is none.",
+        epilog="example: hear-weights verify org/name",
+    )
+    verify.add_argument("source", metavar="CHECKPOINT", help=weights)
+    verify.add_argument("--revision", help=revision)
 
     convert = commands.add_parser(
         "import",
@@ -139,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "show":
             _show(_find_weights(options.source, options.revision))
+        elif options.command == "verify":
+            _verify(_find_weights(options.source, options.revision))
         elif options.command == "import":
             _import(options)
         elif options.command == "package":
@@ -154,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except (OSError, ValueError) as error:
         print_error(parser.prog, f"error: {error}")
-        return BAD_USAGE
+        return FAILED if options.command == "verify" and isinstance(error, ValueError) else BAD_USAGE
     return 0
 
 
@@ -178,6 +191,17 @@ def _show(weights: Path) -> None:
         rows.update(value if isinstance(value, dict) else {field: value})
     for name, value in rows.items():
         print_line(f"{name:<16}  {value}")
+
+
+def _verify(weights: Path) -> None:
+    """Compare a checkpoint with all checksums there are; ValueError if one differs."""
+    checkpoint.load_checkpoint(weights)  # raises if the file's own checksum differs
+    own, got, fetched = checkpoint.saved_fingerprint(weights), checkpoint.sha256(weights), hub.cached_sha256(weights)
+    if fetched not in (None, got):
+        raise ValueError(f"{weights}: damaged in the Hub's cache: its SHA-256 is {got}, expected {fetched}; delete it")
+    print_line(f"{'file':<16}  {weights}")
+    print_line(f"{'checksum':<16}  {'matches config and weights' if own else 'none in this file; it loads'}")
+    print_line(f"{'SHA-256':<16}  {got}{' (matches the Hub)' if fetched else ''}")
 
 
 def _import(options: argparse.Namespace) -> None:
