@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mteb.models import ModelMeta
-from mteb.models.abs_encoder import AbsEncoder
 
 from hear_encoders import __version__
 from hear_encoders.checkpoint import fingerprint
@@ -22,6 +20,12 @@ from hear_encoders.embedder import Embedder
 from hear_encoders.hear import HearModule
 from hear_encoders.hub import CONFIG_FILE
 from hear_encoders.nn.build import ENCODER_OF_CONFIG
+
+try:
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("mteb is missing: pip install 'hear-audiomaepp[mteb]'") from error
 
 HOMEPAGE = "https://pypi.org/project/hear-audiomaepp/"
 
@@ -111,7 +115,7 @@ def _metadata(config: EncoderConfig, **fields: Any) -> dict[str, Any]:
         "max_tokens": float("inf"),
         "embed_dim": config.patches.rows * config.dim,
         "framework": ["PyTorch"],
-        "similarity_fn_name": "cosine",
+        "similarity_fn_name": ScoringFunction.COSINE,
         "use_instructions": False,
         "modalities": ["audio"],
         **fields,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,6 +19,12 @@ from hear_encoders.checkpoint import load_checkpoint
 from hear_encoders.clips import as_clip
 from hear_encoders.embedder import Embedder
 from hear_encoders.hub import CONFIG_FILE, WEIGHTS_FILE
+
+try:
+    from sentence_transformers.base.modules import InputModule
+except ModuleNotFoundError as error:
+    message = "sentence-transformers is missing: pip install 'hear-audiomaepp[sentence-transformers]'"
+    raise ModuleNotFoundError(message) from error
 
 
 class AudioModule(InputModule):

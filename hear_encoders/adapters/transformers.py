@@ -11,13 +11,17 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hear_encoders.checkpoint import encoder_from_tensors
 from hear_encoders.config import CONFIG_OF_FAMILY, EncoderConfig, config_from_dict
 from hear_encoders.embedder import Embedder
 from hear_encoders.nn.build import build_encoder
+
+try:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("transformers is missing: pip install 'hear-audiomaepp[transformers]'") from error
 
 _PREFIX = "encoder."  # of tensors of `HearModel`, compared with those of a checkpoint
 
