@@ -97,7 +97,8 @@ class ReferenceFraming:
     """The papers' released code's framing, quirks included: published numbers were made with it.
 
     - Frames are padded with zeros after normalization to a multiple of 200, by a full segment if they already are one.
-      int(50 * pad / 200) steps are dropped at the end.
+      int(50 * pad / 200) steps are dropped at the end. All of a segment is encoded, so the shortest clip costs as much
+      as one of 2 s.
     - Time-major tokens are grouped as if they were band-major: step j of a segment holds tokens j, 50 + j, 100 + j,
       150 + j and 200 + j, which are five different times in one row of bands.
     - Timestamps begin at 0 and are spaced by duration / steps, so they drift by up to one step.
