@@ -80,7 +80,7 @@ class Embedder(nn.Module):
             use the own one.
         compile: run the encoder through `torch.compile`. The first call takes a minute or more; compiled code is
             kept on disk (TORCHINDUCTOR_CACHE_DIR) for the next process. Segments shorter than 2 s are not compiled,
-            and neither is an AxLSTM in float32 on a CPU, which has a faster form.
+            and neither is an AxLSTM in float32 or bfloat16 on a CPU, which has a faster form.
 
     Warns:
         UserWarning: half precision on an x86 CPU without AVX-512; when something is embedded.

@@ -1,8 +1,9 @@
 """Execution: which implementation encodes a batch of segments, in which precision, and in how many threads.
 
-On a CPU in float32, segments run side by side: each thread takes its share through the whole encoder. Otherwise torch
-spreads every operation over all cores, and all of them wait for the slowest hundreds of times in a forward pass, over
-pieces of a millisecond. Segments do not depend on each other, so threads with their own segments meet only once.
+On a CPU in float32, and an AxLSTM in bfloat16 too, segments run side by side: each thread takes its share through the
+whole encoder. Otherwise torch spreads every operation over all cores, and all of them wait for the slowest hundreds of
+times in a forward pass, over pieces of a millisecond. Segments do not depend on each other, so threads with their own
+segments meet only once.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 # 2 s segments per forward pass, unless the caller chooses. On a CPU few are faster: they stay in the cache.
 CPU_SEGMENTS, GPU_SEGMENTS = 8, 60
+
+FOLDED_DTYPES = (torch.float32, torch.bfloat16)  # of an AxLSTM on a CPU
 
 MMAP_THRESHOLD_BYTES = 31 * 2**20  # glibc raises its threshold for blocks of up to 32 MiB
 
@@ -78,9 +81,11 @@ class Execution:
         dtype = resolve_precision(self.precision, device)
         needs_grad = frames.requires_grad or any(parameter.requires_grad for parameter in encoder.parameters())
         train = torch.is_grad_enabled() and needs_grad
-        threads = 1 if train else self._threads(device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            encode = self._select(encoder, dtype, train)
+        folded = None if train else self._fold(encoder, dtype)
+        threads = self._threads(device) if folded is not None or (dtype is torch.float32 and not train) else 1
+        autocast = folded is None and dtype is not torch.float32
+        with torch.autocast(device.type, dtype=dtype, enabled=autocast):
+            encode = folded or (self._compile(encoder) if self.compile else encoder)
             if self.layers is not None:
                 encode = partial(encode, layers=self.layers)
             # A remainder that the threads cannot share evenly runs with intra-op parallelism.
@@ -93,19 +98,18 @@ class Execution:
         return half and device.type == "cpu" and x86 and _cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
 
     def _threads(self, device: torch.device) -> int:
-        """Return the number of threads that take segments of their own."""
-        on_cpu = device.type == "cpu" and resolve_precision(self.precision, device) is torch.float32
-        return torch.get_num_threads() if on_cpu and not self.compile else 1
+        """Return the number of threads that may take segments of their own."""
+        return torch.get_num_threads() if device.type == "cpu" and not self.compile else 1
 
-    def _select(self, encoder: Encoder, dtype: torch.dtype, train: bool) -> Callable[..., Tensor]:
-        """Select the fastest implementation of the encoder: folded (which has no gradients), compiled or plain."""
-        fold = dtype is torch.float32 and not train
-        if fold and isinstance(encoder, AxLSTMEncoder) and encoder.mode == "auto":
-            if self._folded is None or not self._folded.is_current(encoder):
-                self._folded = FoldedAxLSTM.of(encoder)
-            if self._folded is not None:
-                return OfflineEncoder(encoder, self._folded)
-        return self._compile(encoder) if self.compile else encoder
+    def _fold(self, encoder: Encoder, dtype: torch.dtype) -> OfflineEncoder | None:
+        """Return an AxLSTM's folded form, which has no gradients; None if there is none for this encoder and dtype."""
+        if not isinstance(encoder, AxLSTMEncoder) or encoder.mode != "auto" or dtype not in FOLDED_DTYPES:
+            return None
+        if self._folded is None or not self._folded.is_current(encoder):
+            self._folded = FoldedAxLSTM.of(encoder)
+            if self._folded is not None and dtype is not torch.float32:
+                self._folded = self._folded.to(dtype)
+        return None if self._folded is None else OfflineEncoder(encoder, self._folded)
 
     def _compile(self, encoder: Encoder) -> Callable[..., Tensor]:
         """Compile the encoder once, for any number of full segments; each shorter length would compile again."""

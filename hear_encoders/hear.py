@@ -96,7 +96,7 @@ class HearModule:
             frontend: "own", or "torchaudio", whose log-mel equals the papers' to the last bit; needs the extra
                 `torchaudio`.
             compile: run the encoder through `torch.compile`, which takes a minute or more at the first call. An AxLSTM
-                in float32 on the CPU has a faster form and is not compiled.
+                in float32 or bfloat16 on the CPU has a faster form and is not compiled.
             released: embed as the papers' released code does, in reference framing. Its other quirks belong to the
                 weights; `hear-weights import` writes them into `config.json`.
             max_chunks: the former name of `max_segments`.

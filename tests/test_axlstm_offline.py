@@ -43,6 +43,43 @@ def assert_equals_plain(encoder: AxLSTMEncoder, logmel: Tensor, tolerance: float
     torch.testing.assert_close(offline(encoder)(logmel).double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [4, 60, 196, 200])
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"input_gate": "sigmoid"}, {"expansion": 4, "heads": 8}])
+def test_bfloat16_changes_embeddings_by_less_than_one_percent(options, frames):
+    encoder, logmel = encoder_with(**options), segments(3, frames)
+    folded = FoldedAxLSTM.of(encoder)
+    assert folded is not None
+    tokens, expected = OfflineEncoder(encoder, folded.to(torch.bfloat16))(logmel), encoder(logmel)
+    assert tokens.dtype is torch.float32
+    got, wanted = (x.unflatten(1, (-1, 5)).flatten(2).mean(1) for x in (tokens, expected))
+    assert ((got - wanted).norm(dim=1) < 0.01 * wanted.norm(dim=1)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [-100.0, 100.0])
+def test_bfloat16_stays_finite_for_extreme_gates(bias):
+    encoder = encoder_with()
+    for block in encoder.blocks:
+        block.gate_i.bias += bias
+        block.gate_f.bias -= bias
+    folded = FoldedAxLSTM.of(encoder)
+    assert folded is not None
+    tokens, expected = OfflineEncoder(encoder, folded.to(torch.bfloat16))(segments(2, 200)), encoder(segments(2, 200))
+    assert tokens.isfinite().all()
+    assert (tokens - expected).norm() < 0.1 * expected.norm()  # a few normalizers near zero change their sign
+
+
+def test_an_embedder_in_bfloat16_uses_it(noise, monkeypatch):
+    used, call = [], OfflineEncoder.__call__
+    monkeypatch.setattr(OfflineEncoder, "__call__", lambda self, *args: used.append(self) or call(self, *args))
+    exact = Embedder(encoder_with()).scene_embeddings(noise(2, 40_000))
+    used.clear()
+    half = Embedder(encoder_with(), precision="bfloat16").scene_embeddings(noise(2, 40_000))
+    assert used and used[0]._folded.blocks[0].down.dtype is torch.bfloat16
+    assert 0 < (half - exact).norm() < 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("frames", [4, 8, 12, 60, 100, 104, 196, 200])  # 6 to 251 tokens: up to three parts
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_it_equals_the_plain_form_at_any_length(batch, frames):

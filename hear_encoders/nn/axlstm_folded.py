@@ -15,6 +15,7 @@ Letters in shape comments: D channels of a token, H heads, K channels of a head,
 
 from __future__ import annotations
 
+from copy import copy
 from functools import lru_cache
 from typing import NamedTuple, cast
 
@@ -29,7 +30,7 @@ MAP_SIZE = 24  # P at most; measured on CPUs of two cores, see docs/performance.
 
 
 class FoldedBlock(NamedTuple):
-    """One block's weights. Those that are not folded share the encoder's memory."""
+    """One block's weights. In float32, those that are not folded share the encoder's memory."""
 
     norm: Tensor  # (D,)
     up_x: Tensor  # (I, D), to the convolution's input x
@@ -84,6 +85,16 @@ class FoldedAxLSTM:
         if not plain or shapes != encoder.built_shapes:
             return None
         return cls(encoder)
+
+    def to(self, dtype: torch.dtype) -> FoldedAxLSTM:
+        """Return these blocks with all weights but the norm's and the gates' in another dtype."""
+        converted = copy(self)
+        kept = ("norm", "gates_of_u", "gates_of_c", "gate_bias")
+        converted.blocks = [
+            FoldedBlock(*(w if w is None or name in kept else w.to(dtype) for name, w in block._asdict().items()))
+            for block in self.blocks
+        ]
+        return converted
 
     def is_current(self, encoder: AxLSTMEncoder) -> bool:
         """Return whether the encoder's parameters are those that were folded, unchanged.

@@ -1,4 +1,4 @@
-"""AxLSTM, whole segments at a time on a CPU: the form that `hear_encoders.execution` runs in float32.
+"""AxLSTM, whole segments at a time on a CPU: the form that `hear_encoders.execution` runs in float32 and bfloat16.
 
 Between matmuls this small, memory traffic dominates. So this form makes few passes over little memory: a few segments
 go through a block together, as many as fit in the cores' caches; tokens lie time step by time step, so that each head
@@ -7,6 +7,9 @@ carrying a memory C.
 
 The cell scales keys instead of weighting pairs of tokens, as `hear_encoders.nn.mlstm_segment` explains. Only if the
 gates are so extreme that float32 cannot hold the scales of a whole segment are the weights computed pair by pair.
+
+In bfloat16 the tokens inside a block and all large products are bfloat16. The residual stream, the gates with their
+running sums, and the normalizer stay float32.
 
 Letters in shape comments: N segments that go through a block together, S tokens of a segment (cls first), D channels
 of a token, H heads, K channels of a head, I = H * K, P channels of a merged map, L tokens of a part.
@@ -34,7 +37,7 @@ class OfflineEncoder:
 
     Args:
         encoder: float32 on the CPU.
-        folded: its weights from `FoldedAxLSTM.of`.
+        folded: its weights from `FoldedAxLSTM.of`, in the dtype to compute in.
     """
 
     def __init__(self, encoder: AxLSTMEncoder, folded: FoldedAxLSTM) -> None:
@@ -71,7 +74,8 @@ class OfflineEncoder:
 
 def _add_block(x: Tensor, block: FoldedBlock, workspace: _Workspace, sigmoid_gate: bool) -> None:
     """Add a block's output to x, (S N, D)."""
-    u = F.layer_norm(x, x.shape[1:], block.norm, None, BLOCK_NORM_EPS)
+    wide_u = F.layer_norm(x, x.shape[1:], block.norm, None, BLOCK_NORM_EPS)
+    u = wide_u.to(workspace.x.dtype)
     torch.mm(u, block.up_x.T, out=workspace.x)
     c = torch.addcmul(block.conv_bias, workspace.shifted[0], block.taps[0], out=workspace.c)
     for shifted, tap in zip(workspace.shifted[1:], block.taps[1:]):
@@ -80,7 +84,8 @@ def _add_block(x: Tensor, block: FoldedBlock, workspace: _Workspace, sigmoid_gat
 
     # Few rows by many columns: transposed, the product takes three times as long. float64, because sums over a segment
     # may be large and their differences matter.
-    gates = torch.mm(block.gates_of_u, u.T).addmm_(block.gates_of_c, c.T).double().add_(block.gate_bias[:, None])
+    gates = torch.mm(block.gates_of_u, wide_u.T).addmm_(block.gates_of_c, c.float().T)
+    gates = gates.double().add_(block.gate_bias[:, None])
     gates = gates.view(2, workspace.heads, workspace.length, -1).permute(0, 3, 1, 2).flatten(1, 2)  # (2, N H, S)
     torch.bmm(workspace.x_groups, block.x_to_v, out=workspace.mapped)
     workspace.v_groups.copy_(workspace.mapped)
@@ -90,7 +95,10 @@ def _add_block(x: Tensor, block: FoldedBlock, workspace: _Workspace, sigmoid_gat
     h = F.layer_norm(workspace.h, workspace.h.shape[2:], eps=HEAD_NORM_EPS).flatten(1)  # (S N, I)
     z = torch.mm(u, block.up_z.T, out=workspace.z)
     y = c.mul_(block.skip).addcmul_(h, block.head_norm).mul_(F.silu(z, inplace=True))
-    torch.addmm(x, y, block.down.T, out=x)
+    if x.dtype is y.dtype:
+        torch.addmm(x, y, block.down.T, out=x)
+    else:
+        x += y @ block.down.T
 
 
 def _run_cell(workspace: _Workspace, log_i: Tensor, log_f: Tensor) -> None:
@@ -108,12 +116,11 @@ def _run_cell(workspace: _Workspace, log_i: Tensor, log_f: Tensor) -> None:
     base = (lowest + highest) / 2 if in_range else largest
     bound = (forgotten + base).neg_().exp_().float()  # may be infinite: then h is zero
     eps = (largest - base).exp_().mul_(NORMALIZER_EPS).float()
+    workspace.k_groups.copy_(workspace.mapped)
     if in_range:
-        scale = F.threshold(g - base, MIN_LOG_SCALE, -torch.inf).exp_().float()  # (N H, S)
-        scale = scale.unflatten(0, (-1, workspace.heads)).permute(1, 2, 0)  # (H, S, N)
-        torch.mul(workspace.unscaled_keys, scale[:, None, :, :, None], out=workspace.keys)
-    else:
-        workspace.keys.copy_(workspace.unscaled_keys)
+        scale = F.threshold(g - base, MIN_LOG_SCALE, -torch.inf).exp_()  # (N H, S)
+        scale = scale.T.reshape(-1, workspace.heads, 1)  # (S N, H, 1)
+        workspace.k_heads.mul_(scale.to(workspace.k_heads.dtype))
     for begin, end, q, keys, v, h, scores in workspace.parts:
         torch.bmm(q, keys, out=scores)  # (N H, L, tokens so far)
         if not in_range:
@@ -121,7 +128,8 @@ def _run_cell(workspace: _Workspace, log_i: Tensor, log_f: Tensor) -> None:
             log_weights = (g[:, None, :end] - base[:, begin:end, None]).float()
             scores.mul_(log_weights.clamp_(LOG_WEIGHT_FLOOR[torch.float32], 0.0).exp_())
         scores[:, :, begin:].tril_()
-        normalizer = torch.maximum(scores.sum(2).abs_(), bound[:, begin:end]).add_(eps[:, begin:end])
+        totals = scores.sum(2, dtype=torch.float32)
+        normalizer = torch.maximum(totals.abs_(), bound[:, begin:end]).add_(eps[:, begin:end]).to(h.dtype)
         torch.div(scores @ v, normalizer[:, :, None], out=h)
 
 
@@ -132,7 +140,7 @@ class _Workspace:
         inner, size = folded.blocks[0].skip.numel(), folded.map_size
         head_dim, tokens = inner // heads, length * segments
         past = segments * (len(folded.blocks[0].taps) - 1)
-        empty = partial(torch.empty, dtype=torch.float32, device="cpu")
+        empty = partial(torch.empty, dtype=folded.blocks[0].up_x.dtype, device="cpu")
         self.heads, self.length = heads, length
 
         def by_head(x: Tensor) -> Tensor:  # (S N, I) -> (N H, S, K)
@@ -146,11 +154,9 @@ class _Workspace:
         self.shifted = [padded[past - ago : past - ago + tokens] for ago in range(0, past + 1, segments)]
         self.x, self.c, k, v = padded[past:], empty(tokens, inner), empty(tokens, inner), empty(tokens, inner)
         self.z = v
-        self.x_groups, self.c_groups, self.v_groups = by_group(self.x), by_group(self.c), by_group(v)
+        self.x_groups, self.c_groups, self.k_groups, self.v_groups = map(by_group, (self.x, self.c, k, v))
         self.mapped = empty(inner // size, tokens, size)
-        self.unscaled_keys = self.mapped.view(heads, -1, length, segments, size)
-        self.keys = by_group(k).view(heads, -1, length, segments, size)
-        self.h = self.x.view(-1, heads, head_dim)
+        self.h, self.k_heads = (x.view(-1, heads, head_dim) for x in (self.x, k))
 
         q, keys, v, h = by_head(self.c), by_head(k).mT, by_head(v), by_head(self.x)
         self.parts = []
