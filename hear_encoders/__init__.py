@@ -3,8 +3,8 @@
 Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user down to the maths:
 
     cli                         the commands: hear-embed, hear-weights
-    hear                        the HEAR functions that the two modules share
     adapters                    our models in transformers, sentence-transformers, mteb and X-ARES
+    hear                        the HEAR functions that the two modules share
     onnx_export                 models as ONNX graphs, for programs without PyTorch
     stream                      AxLSTM on audio that is still arriving
     embedder                    the object that load_model returns

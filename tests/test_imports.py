@@ -22,6 +22,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 UNWANTED = [
     *("training", "evaluation", "torchaudio", "xlstm", "mlstm_kernels", "tensorflow", "tests", "pytest"),
     *("huggingface_hub", "pyarrow", "plotly", "sklearn", "tqdm", "onnx", "onnxscript", "onnxruntime"),
+    *("transformers", "sentence_transformers", "mteb", "xares"),
 ]
 
 # The dependencies are imported first: what they do at import is not the package's doing.
