@@ -1,7 +1,8 @@
-"""Clips of many kinds, one after the other: what `Embedder.encode` accepts, and decoding ahead of the encoder.
+"""Clips of many kinds, one after the other: what `Embedder.encode` accepts and does.
 
-A clip is a path, an array or tensor, a row of a datasets table or a torchcodec decoder. Threads decode while the
-encoder runs, and batches hold clips of any length. The commands decode and batch files with the same functions.
+A clip is a path, an array or tensor, a row of a datasets table or a torchcodec decoder. `encode_clips` decodes clips in
+threads while the encoder runs, embeds them in batches of any lengths, and puts the results in order. The commands
+decode and batch files with the same functions.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from hear_encoders.pcm import check_sample_rate
 # In exact framing, longer clips are not held in memory as a whole. They are decoded twice, first for their statistics.
 LONG_S = 600.0
 
+DECODING_THREADS = 4
+
 UNKNOWN_S = 30.0  # a guess if the header does not tell, to bound how much is decoded ahead
 
 # Zero and full scale of integer samples, as in WAV files.
@@ -43,7 +46,7 @@ class Clip:
     """Audio that is still to be read.
 
     Attributes:
-        name: its path or place, for messages.
+        name: its path, or its place in the list, for messages.
         seconds: its duration, according to its header; a guess if that does not tell.
         blocks: yields it from its beginning, in blocks (n,) float32 at 16 kHz, not yet checked.
     """
@@ -61,7 +64,7 @@ class Clip:
         return check_audio(torch.cat(list(self.blocks())), name=self.name)
 
 
-def is_clip(given: object) -> bool:
+def _is_clip(given: object) -> bool:
     """Return whether this is one clip rather than several, going by its type."""
     single = isinstance(given, (str, os.PathLike, np.ndarray, Tensor, Mapping))
     return single or hasattr(given, "get_all_samples")
@@ -154,10 +157,56 @@ def _decoder_blocks(decoder: Any, name: str) -> Iterator[Tensor]:
     return _array_blocks(samples.data.float().mean(0), float(samples.sample_rate))
 
 
-def number_clips(
+class BatchEmbedder(Protocol):
+    """What this module needs of an `Embedder`."""
+
+    framer: Framing
+    scene_embedding_size: int
+
+    def timestamps_ms(self, samples: int) -> Tensor: ...
+
+    def embed_batches(self, batches: Sequence[Tensor], per_step: bool) -> list[Tensor]: ...
+
+    def embed_blocks(self, read: Callable[[], Iterable[Tensor]], per_step: bool, name: str) -> tuple[Tensor, int]: ...
+
+
+def encode_clips(
+    embedder: BatchEmbedder,
+    inputs: Any,
+    *,
+    sampling_rate: float | None,
+    timestamps: bool,
+    batch_seconds: float,
+    normalize: bool,
+    show_progress_bar: bool | None,
+) -> Any:
+    """Embed one clip or many. Arguments, results and errors are those of `Embedder.encode`."""
+    if isinstance(batch_seconds, bool) or not (isinstance(batch_seconds, (int, float)) and batch_seconds > 0):
+        raise ValueError(f"batch_seconds must be a number of seconds above 0, got {batch_seconds!r}")
+    single = _is_clip(inputs)
+    results: dict[int, Any] = {}
+    with ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="hear_encoders.decode") as pool:
+        clips, count = _number_clips(pool, [inputs] if single else inputs, sampling_rate, single)
+        with _progress_bar(count, False if single and show_progress_bar is None else show_progress_bar) as bar:
+            for index, samples, embedding in _embed_clips(embedder, pool, clips, timestamps, batch_seconds):
+                values = embedding[0].numpy()
+                if normalize:
+                    length = np.linalg.norm(values, axis=-1, keepdims=True)
+                    values = values / np.maximum(length, np.finfo(np.float32).tiny)
+                results[index] = (values, embedder.timestamps_ms(samples).numpy()) if timestamps else values
+                bar.update()
+    in_order = [results[index] for index in range(len(results))]
+    if single:
+        return in_order[0]
+    if timestamps:
+        return in_order
+    return np.stack(in_order) if in_order else np.empty((0, embedder.scene_embedding_size), np.float32)
+
+
+def _number_clips(
     pool: ThreadPoolExecutor, inputs: Iterable[Any], sampling_rate: float | None, single: bool
 ) -> tuple[Iterable[tuple[float, tuple[int, Clip]]], int | None]:
-    """Return each clip with its seconds and its place, and the number of clips, if it is known.
+    """Return each clip with its seconds and its index, and the number of clips, if it is known.
 
     A list is sorted by duration, so that last, shorter segments share forward passes too.
 
@@ -165,29 +214,27 @@ def number_clips(
         TypeError: not several clips. Errors of `as_clip` come now for a list, later for an iterator.
     """
 
-    def clip_at(place: int, given: Any) -> tuple[float, tuple[int, Clip]]:
-        clip = as_clip(given, "audio" if single else f"inputs[{place}]", sampling_rate)
-        return clip.seconds, (place, clip)
+    def number_clip(index: int, given: Any) -> tuple[float, tuple[int, Clip]]:
+        clip = as_clip(given, "audio" if single else f"inputs[{index}]", sampling_rate)
+        return clip.seconds, (index, clip)
 
     if not isinstance(inputs, Iterable):
         raise TypeError(f"expected {KINDS}, or a list or iterator of these; got {type(inputs).__name__}")
     if isinstance(inputs, (list, tuple)):
-        clips = list(pool.map(clip_at, range(len(inputs)), inputs))
+        clips = list(pool.map(number_clip, range(len(inputs)), inputs))
         return sorted(clips, key=lambda clip: clip[0]), len(inputs)
-    return (clip_at(*numbered) for numbered in enumerate(inputs)), len(inputs) if isinstance(inputs, Sized) else None
+    count = len(inputs) if isinstance(inputs, Sized) else None
+    return (number_clip(index, given) for index, given in enumerate(inputs)), count
 
 
-class BatchEmbedder(Protocol):
-    """What `embed_clips` needs of an `Embedder`."""
+def _progress_bar(count: int | None, show: bool | None) -> Any:
+    from tqdm.auto import tqdm  # imported on use, since it is slow to import
 
-    framer: Framing
-
-    def embed_batches(self, batches: Sequence[Tensor], per_step: bool) -> list[Tensor]: ...
-
-    def embed_blocks(self, read: Callable[[], Iterable[Tensor]], per_step: bool, name: str) -> tuple[Tensor, int]: ...
+    # disable=None: only on a terminal, or in a notebook. Short work needs no bar.
+    return tqdm(total=count, unit="clip", disable=None if show is None else not show, delay=1 if show is None else 0)
 
 
-def embed_clips(
+def _embed_clips(
     embedder: BatchEmbedder,
     pool: ThreadPoolExecutor,
     clips: Iterable[tuple[float, tuple[int, Clip]]],
@@ -198,10 +245,10 @@ def embed_clips(
 
     Args:
         pool: decodes ahead.
-        clips: from `number_clips`.
+        clips: from `_number_clips`.
 
     Yields:
-        Each clip's place, number of samples at 16 kHz, and embedding (1, E) or (1, T, E) on the CPU, in any order.
+        Each clip's index, number of samples at 16 kHz, and embedding (1, E) or (1, T, E) on the CPU, in any order.
     """
 
     def load(numbered: tuple[int, Clip]) -> Tensor | None:  # None: to be read in blocks
@@ -214,16 +261,16 @@ def embed_clips(
         yield from ((*size, embedding) for size, embedding in zip(sizes, copies.wait()))
 
     for batch in in_batches(decode_ahead(pool, load, clips, 2 * batch_seconds), batch_seconds):
-        loaded = [(place, clip, future.result()) for (place, clip), future in batch]
-        whole = [(place, audio) for place, _, audio in loaded if audio is not None]
+        loaded = [(index, clip, future.result()) for (index, clip), future in batch]
+        whole = [(index, audio) for index, _, audio in loaded if audio is not None]
         embeddings = embedder.embed_batches([audio for _, audio in whole], timestamps)
-        encoded.append(([(place, audio.shape[1]) for place, audio in whole], CopyToCPU(embeddings)))
+        encoded.append(([(index, audio.shape[1]) for index, audio in whole], CopyToCPU(embeddings)))
         if len(encoded) > 1:  # a GPU goes on with this batch while the previous one is used
             yield from oldest()
-        for place, clip, audio in loaded:
+        for index, clip, audio in loaded:
             if audio is None:
                 embedding, samples = embedder.embed_blocks(partial(prefetch, pool, clip.blocks), timestamps, clip.name)
-                yield place, samples, embedding
+                yield index, samples, embedding
     while encoded:
         yield from oldest()
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +25,7 @@ from hear_encoders.checks import (
     validate_audio,
     warn_if_loud,
 )
-from hear_encoders.clips import embed_clips, is_clip, number_clips
+from hear_encoders.clips import encode_clips
 from hear_encoders.execution import CPU_SEGMENTS, Execution, Precision, raise_mmap_threshold
 from hear_encoders.framing import FRAMINGS, FramingName, Segment
 from hear_encoders.nn.build import Encoder
@@ -43,8 +41,6 @@ from hear_encoders.nn.frontend_torchaudio import FRONTENDS, FrontendName
 from hear_encoders.pooling import POOLINGS, PoolingName
 
 DEFAULT_MAX_SEGMENTS = CPU_SEGMENTS
-
-DECODING_THREADS = 4
 
 
 class Embedder(nn.Module):
@@ -295,27 +291,15 @@ class Embedder(nn.Module):
             TypeError, ValueError: a clip of another kind, not readable as audio, empty or not finite. Messages name
                 the path, or the place in the list.
         """
-        if isinstance(batch_seconds, bool) or not (isinstance(batch_seconds, (int, float)) and batch_seconds > 0):
-            raise ValueError(f"batch_seconds must be a number of seconds above 0, got {batch_seconds!r}")
-        single = is_clip(inputs)
-        results: dict[int, Any] = {}
-        with ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="hear_encoders.decode") as pool:
-            clips, count = number_clips(pool, [inputs] if single else inputs, sampling_rate, single)
-            show = False if single and show_progress_bar is None else show_progress_bar
-            with _progress_bar(count, show) as bar:
-                for place, samples, embedding in embed_clips(self, pool, clips, timestamps, batch_seconds):
-                    values = embedding[0].numpy()
-                    if normalize:
-                        length = np.linalg.norm(values, axis=-1, keepdims=True)
-                        values = values / np.maximum(length, np.finfo(np.float32).tiny)
-                    results[place] = (values, self.timestamps_ms(samples).numpy()) if timestamps else values
-                    bar.update()
-        in_order = [results[place] for place in range(len(results))]
-        if single:
-            return in_order[0]
-        if timestamps:
-            return in_order
-        return np.stack(in_order) if in_order else np.empty((0, self.scene_embedding_size), np.float32)
+        return encode_clips(
+            self,
+            inputs,
+            sampling_rate=sampling_rate,
+            timestamps=timestamps,
+            batch_seconds=batch_seconds,
+            normalize=normalize,
+            show_progress_bar=show_progress_bar,
+        )
 
     def step_count(self, samples: int) -> int:
         """Return the number of time steps of a clip of this many samples."""
@@ -453,13 +437,6 @@ class Embedder(nn.Module):
                 f"precision={self.precision!r} takes several times as long as 'float32' on a CPU without AVX-512",
                 stacklevel=stacklevel,
             )
-
-
-def _progress_bar(count: int | None, show: bool | None) -> Any:
-    from tqdm.auto import tqdm  # imported on use, since it is slow to import
-
-    # disable=None: only on a terminal, or in a notebook. Short work needs no bar.
-    return tqdm(total=count, unit="clip", disable=None if show is None else not show, delay=1 if show is None else 0)
 
 
 def _step_counts(counts: list[int]) -> Tensor:
