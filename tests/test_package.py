@@ -84,9 +84,13 @@ def build(folder: Path) -> None:
     for package, config in SMALL.items():
         if not (tree / package / "weights").exists():
             save_checkpoint(tree / package / "weights", build_encoder(config, seed=1).eval())
+    run_build("--outdir", folder, tree)
+
+
+def run_build(*arguments: object) -> None:
     process = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree],
-        cwd=folder,
+        [sys.executable, "-m", "build", "--no-isolation", *map(str, arguments)],
+        env={**os.environ, "SOURCE_DATE_EPOCH": "1700000000"},
         capture_output=True,
         text=True,
     )
@@ -121,6 +125,16 @@ def run(site: Path, tmp_path: Path):
 
 def test_wheel_is_for_python_3_on_any_platform(built: Built) -> None:
     assert built.wheel.name == f"hear_audiomaepp-{hear_encoders.__version__}-py3-none-any.whl"
+
+
+@pytest.mark.long
+def test_building_again_later_gives_the_same_wheel(built: Built, tmp_path: Path) -> None:
+    shutil.copytree(built.tree, tmp_path / "tree", ignore=shutil.ignore_patterns(*IGNORED))
+    for path in (tmp_path / "tree").rglob("*"):
+        os.utime(path, (1_800_000_000, 1_800_000_000))
+    run_build("--outdir", tmp_path, tmp_path / "tree")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.read_bytes() == built.wheel.read_bytes()
 
 
 def test_wheel_contains_only_the_three_packages(built: Built) -> None:
