@@ -2,13 +2,13 @@
 
 Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user down to the maths:
 
-    cli                         the commands: hear-embed, hear-weights
+    cli                         the commands: hear-embed, hear-map, hear-weights
     adapters                    our models in transformers, sentence-transformers, mteb and X-ARES
     hear                        the HEAR functions that the two modules share
     onnx_export                 models as ONNX graphs, for programs without PyTorch
     stream                      AxLSTM on audio that is still arriving
     embedder                    the object that load_model returns
-    clips                       files, arrays and rows of tables, decoded ahead of the encoder
+    clips                       encode: files, arrays and rows of tables, decoded ahead of the encoder, in batches
     framing, pooling            clip -> segments -> time steps -> scene embedding
     execution                   which implementation encodes a batch: precision, compile, CPU threads
     nn                          the encoders: front end, patches, transformer, mLSTM, AxLSTM and its fast forms
@@ -16,6 +16,7 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user d
     checkpoint, hub, released   weights: bundled, from a path, from the Hugging Face Hub, from the authors' code
     audio, media, pcm           audio files, what only FFmpeg reads, and pipes -> 16 kHz mono
     checks                      errors for input that is not audio
+    papers                      the encoders of the papers' tables, and the rows that an encoder can stand for
     files                       atomic writes, locks, folders that belong to one run's settings
     threads                     CPU threads of the commands
     console                     exit codes, messages, progress, argument types

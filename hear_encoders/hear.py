@@ -116,7 +116,7 @@ class HearModule:
             raise ValueError(f"embedding={embedding!r} selects the layer and the pooling: give it alone, or give these")
         if mode is not None:
             check_choice("mode", mode, get_args(EncoderMode))
-        place = resolve_device(device)
+        target = resolve_device(device)
         if framing is None:
             framing = "reference" if released else "exact"
         elif released and framing != "reference":
@@ -146,7 +146,7 @@ class HearModule:
             frontend=frontend,
             compile=compile,
         )
-        return embedder.eval().to(place)
+        return embedder.eval().to(target)
 
     def get_scene_embeddings(self, audio: Tensor, model: Embedder) -> Tensor:
         """Return one embedding per clip, its time steps' embeddings pooled, without gradients.

@@ -77,9 +77,9 @@ class LogMelGraph(nn.Module):
     def forward(self, audio: Tensor) -> Tensor:
         """Compute all frames of clips: (B, N) -> (B, N // 160 + 1, 80), N at least 1."""
         samples = torch.sym_max(audio.shape[1], SHORTEST_CLIP)
-        places = _window_places(samples // HOP + 1, -WINDOW // 2).abs()  # the beginning reflected
-        places = (samples - 1) - ((samples - 1) - places).abs()  # and the end
-        return self.of_windows(F.pad(audio, (0, SHORTEST_CLIP - 1))[:, places])  # zeros extend a short clip
+        indices = _window_samples(samples // HOP + 1, -WINDOW // 2).abs()  # the beginning reflected
+        indices = (samples - 1) - ((samples - 1) - indices).abs()  # and the end
+        return self.of_windows(F.pad(audio, (0, SHORTEST_CLIP - 1))[:, indices])  # zeros extend a short clip
 
     def of_windows(self, windows: Tensor) -> Tensor:
         """Compute the frame of each window: (B, F, 400) -> (B, F, 80)."""
@@ -88,7 +88,7 @@ class LogMelGraph(nn.Module):
         return (power @ self.mel + LOG_OFFSET).log()
 
 
-def _window_places(frames: int, first: int) -> Tensor:
+def _window_samples(frames: int, first: int) -> Tensor:
     """Return the samples of each frame's window, of which the first begins at sample `first`: (F, 400)."""
     return first + HOP * torch.arange(frames)[:, None] + torch.arange(WINDOW)
 
@@ -137,8 +137,8 @@ class ClipGraph(nn.Module):
         step_samples, first_sample = HOP * self.patch_frames, HOP * (self.patch_frames - 1) // 2
         steps = torch.sym_max((audio.shape[1] + step_samples - first_sample) // step_samples, 1)
         # The last frame is repeated to reach whole steps.
-        places = torch.arange(steps * self.patch_frames).clamp(max=logmel.shape[1] - 1)
-        embeddings = self.encoder(frames[:, places])
+        indices = torch.arange(steps * self.patch_frames).clamp(max=logmel.shape[1] - 1)
+        embeddings = self.encoder(frames[:, indices])
         return embeddings, self.pooling.finish(self.pooling.summarize(embeddings), embeddings.shape[1])
 
 
@@ -199,7 +199,7 @@ class StepGraph(nn.Module):
         frames = audio
         if self.log_mel is not None:
             assert self.statistics is not None
-            windows = audio[:, _window_places(self.patches.patch_frames, 0)]
+            windows = audio[:, _window_samples(self.patches.patch_frames, 0)]
             frames = normalize(self.log_mel.of_windows(windows), *self.statistics)
         x = self.encoder.patch_projection(patchify(frames, self.patches)) + self.position_table[position]  # (B, S, D)
         before = []

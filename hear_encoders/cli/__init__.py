@@ -1,1 +1,1 @@
-"""Commands: `hear-embed`, `hear-weights`, and embedding a corpus under torchrun."""
+"""Commands: `hear-embed`, `hear-map`, `hear-weights`, and embedding a corpus under torchrun."""

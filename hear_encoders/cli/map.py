@@ -169,7 +169,7 @@ def sound_map(
     directions = centered_directions(embeddings.scenes)
     if projection == "auto":
         projection = "tsne" if len(names) in TSNE_FILES else "pca"
-    places = project(directions, projection)
+    points = project(directions, projection)
     neighbors, similarity = nearest(directions, min(NEIGHBORS, len(names) - 1))
     steps = None
     if embeddings.steps is not None and embeddings.timestamps_ms is not None:
@@ -180,8 +180,8 @@ def sound_map(
         "names": names,
         "folders": folders,
         "folder": [folders.index(folder) for folder in folder_of],
-        "x": _rounded(places[:, 0], 4),
-        "y": _rounded(places[:, 1], 4),
+        "x": _rounded(points[:, 0], 4),
+        "y": _rounded(points[:, 1], 4),
         "neighbors": neighbors.tolist(),
         "similarity": [_rounded(row, 3) for row in similarity],
         "audio": list(audio),
@@ -245,7 +245,7 @@ def nearest(directions: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def project(directions: np.ndarray, method: Literal["tsne", "pca"]) -> np.ndarray:
-    """Place rows (N, E) in two dimensions, (N, 2). The same rows get the same places.
+    """Place rows (N, E) in two dimensions, (N, 2). The same rows get the same points.
 
     Raises:
         ValueError: t-SNE of fewer than three files.
@@ -262,11 +262,11 @@ def project(directions: np.ndarray, method: Literal["tsne", "pca"]) -> np.ndarra
     components = min(TSNE_COMPONENTS if method == "tsne" else 2, *directions.shape)
     # One thread: t-SNE adds up across threads, in an order that varies; and its threads spin, slowly on a busy machine.
     with threadpool_limits(1):
-        places = PCA(components, random_state=0).fit_transform(directions)
+        points = PCA(components, random_state=0).fit_transform(directions)
         if method == "tsne":
-            places = TSNE(perplexity=min(30, (count - 1) / 3), random_state=0).fit_transform(places)
-            places = PCA(2).fit_transform(places)  # turns the map: screens are wide
-    return np.pad(places, [(0, 0), (0, 2 - places.shape[1])])
+            points = TSNE(perplexity=min(30, (count - 1) / 3), random_state=0).fit_transform(points)
+            points = PCA(2).fit_transform(points)  # turns the map: screens are wide
+    return np.pad(points, [(0, 0), (0, 2 - points.shape[1])])
 
 
 def similarity_over_time(steps: np.ndarray, timestamps_ms: np.ndarray) -> dict[str, Any]:

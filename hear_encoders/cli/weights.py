@@ -1,4 +1,4 @@
-"""The command `hear-weights`: show, convert and publish checkpoints."""
+"""The command `hear-weights`: show, verify, convert, publish and export checkpoints."""
 
 from __future__ import annotations
 
@@ -47,105 +47,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `hear-weights` and return its exit code."""
-    parser = argparse.ArgumentParser(
-        "hear-weights",
-        description="Inspect checkpoints, convert those of the papers' released code, and publish them.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    weights = f"directory, .safetensors file or Hub org/name; bundled weights: {' or '.join(MODELS)}"
-    revision = "branch, tag or commit of the Hub repository"
-
-    show = commands.add_parser("show", help="print a checkpoint's configuration, size, parameter count and SHA-256")
-    show.add_argument("source", metavar="CHECKPOINT", help=weights)
-    show.add_argument("--revision", help=revision)
-
-    verify = commands.add_parser(
-        "verify",
-        help="check that a checkpoint is undamaged",
-        description="Check that a checkpoint loads and equals the checksums that it was saved and fetched with. "
-        "Exit codes: 0 it does, 1 it is damaged, 2 there is none.",
-        epilog="example: hear-weights verify org/name",
-    )
-    verify.add_argument("source", metavar="CHECKPOINT", help=weights)
-    verify.add_argument("--revision", help=revision)
-
-    convert = commands.add_parser(
-        "import",
-        help="convert a .pth file of the papers' released code, without executing its pickle",
-        epilog="example: hear-weights import axlstm_tiny.pth axlstm-tiny/ --flip",
-    )
-    convert.add_argument("checkpoint", metavar="CHECKPOINT.pth", type=Path)
-    convert.add_argument("output", metavar="OUT_DIR", type=output_path, help="new or empty directory")
-    convert.add_argument(
-        "--heads", type=positive(int), metavar="N", help="attention heads (Tiny 3, Small 6, Base 12, Large 16)"
-    )
-    convert.add_argument(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        help="an AxLSTM was trained with or without flipping; required for it. The released code flips",
-    )
-    convert.add_argument(
-        "--input-gate", choices=get_args(InputGate), default="exponential", help="of an AxLSTM; default: %(default)s"
-    )
-
-    package = commands.add_parser(
-        "package",
-        help="write a folder that transformers and sentence-transformers load, too",
-        description="Write a folder that transformers, sentence-transformers and this package load.",
-        epilog="example: hear-weights package hear_axlstm folder/",
-    )
-    package.add_argument("source", metavar="CHECKPOINT", help=weights)
-    package.add_argument("output", metavar="OUT_DIR", type=output_path, help="new or empty directory")
-    package.add_argument("--revision", help=revision)
-
-    push = commands.add_parser(
-        "push",
-        help="publish a checkpoint on the Hugging Face Hub",
-        description="Publish a checkpoint on the Hugging Face Hub, with what transformers and sentence-transformers "
-        "need. Without --yes, only show what would be uploaded.",
-        epilog="example: hear-weights push weights/ org/name --card MODEL_CARD.md",
-    )
-    push.add_argument("folder", metavar="DIR", type=Path, help="holds config.json, model.safetensors and README.md")
-    push.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
-    push.add_argument("--card", type=Path, metavar="PATH", help="model card; default: README.md in DIR")
-    push.add_argument("--private", action="store_true", help="create a private repository, refuse a public one")
-    push.add_argument(
-        "--message", type=non_empty_text, default="Upload checkpoint", help="commit message; default: %(default)s"
-    )
-    push.add_argument("--yes", action="store_true", help="upload; needs a token: HF_TOKEN or `hf auth login`")
-
-    export = commands.add_parser(
-        "export",
-        help="write a model as ONNX, for programs without PyTorch",
-        description="Write a model as ONNX, for programs without PyTorch. Takes up to a minute; needs the extra onnx.",
-        epilog="example: hear-weights export hear_axlstm step.onnx --part step --statistics -6.0 3.5",
-    )
-    export.add_argument("source", metavar="CHECKPOINT", help=weights)
-    export.add_argument("output", metavar="OUT.onnx", type=output_path, help="a new file")
-    export.add_argument("--revision", help=revision)
-    export.add_argument(
-        "--part",
-        choices=get_args(PartName),
-        default="encoder",
-        help="encoder of clips or segments of up to 2 s, one step of an AxLSTM's stream, or the front end, which makes "
-        "log-mel of clips of any length; default: %(default)s",
-    )
-    export.add_argument(
-        "--input",
-        choices=get_args(InputName),
-        default="waveform",
-        help="what an encoder or a step takes: samples, or log-mel that is normalized; default: %(default)s",
-    )
-    export.add_argument("--layer", type=layers, metavar="N[,N...]", help="embed with the output of this block, from 1")
-    export.add_argument("--pooling", choices=tuple(POOLINGS), default="mean", help="default: %(default)s")
-    export.add_argument(
-        "--statistics", nargs=2, type=float, metavar=("MEAN", "STD"), help="normalize log-mel with these"
-    )
-
+    parser = _parser()
     options = parser.parse_args(arguments)
     try:
         if options.command == "show":
@@ -169,6 +71,110 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(parser.prog, f"error: {error}")
         return FAILED if options.command == "verify" and isinstance(error, ValueError) else BAD_USAGE
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "hear-weights",
+        description="Show, verify, publish and export checkpoints, and convert those of the papers' released code.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument(
+        "source",
+        metavar="CHECKPOINT",
+        help=f"directory, .safetensors file or Hub org/name; bundled weights: {' or '.join(MODELS)}",
+    )
+    source.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+
+    commands.add_parser(
+        "show", parents=[source], help="print a checkpoint's configuration, size, parameter count and SHA-256"
+    )
+
+    commands.add_parser(
+        "verify",
+        parents=[source],
+        help="check that a checkpoint is undamaged",
+        description="Check that a checkpoint loads and equals the checksums that it was saved and fetched with. "
+        "Exit codes: 0 it does, 1 it is damaged, 2 there is none.",
+        epilog="example: hear-weights verify org/name",
+    )
+
+    convert = commands.add_parser(
+        "import",
+        help="convert a .pth file of the papers' released code, without executing its pickle",
+        epilog="example: hear-weights import axlstm_tiny.pth axlstm-tiny/ --flip",
+    )
+    convert.add_argument("checkpoint", metavar="CHECKPOINT.pth", type=Path)
+    convert.add_argument("output", metavar="OUT_DIR", type=output_path, help="new or empty directory")
+    convert.add_argument(
+        "--heads", type=positive(int), metavar="N", help="attention heads (Tiny 3, Small 6, Base 12, Large 16)"
+    )
+    convert.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="an AxLSTM was trained with or without flipping; required for it. The released code flips",
+    )
+    convert.add_argument(
+        "--input-gate", choices=get_args(InputGate), default="exponential", help="of an AxLSTM; default: %(default)s"
+    )
+
+    package = commands.add_parser(
+        "package",
+        parents=[source],
+        help="write a folder that transformers and sentence-transformers load, too",
+        description="Write a folder that transformers, sentence-transformers and this package load.",
+        epilog="example: hear-weights package hear_axlstm folder/",
+    )
+    package.add_argument("output", metavar="OUT_DIR", type=output_path, help="new or empty directory")
+
+    push = commands.add_parser(
+        "push",
+        help="publish a checkpoint on the Hugging Face Hub",
+        description="Publish a checkpoint on the Hugging Face Hub, with what transformers and sentence-transformers "
+        "need. Without --yes, only show what would be uploaded.",
+        epilog="example: hear-weights push weights/ org/name --card MODEL_CARD.md",
+    )
+    push.add_argument("folder", metavar="DIR", type=Path, help="holds config.json, model.safetensors and README.md")
+    push.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
+    push.add_argument("--card", type=Path, metavar="PATH", help="model card; default: README.md in DIR")
+    push.add_argument("--private", action="store_true", help="create a private repository, refuse a public one")
+    push.add_argument(
+        "--message", type=non_empty_text, default="Upload checkpoint", help="commit message; default: %(default)s"
+    )
+    push.add_argument("--yes", action="store_true", help="upload; needs a token: HF_TOKEN or `hf auth login`")
+
+    export = commands.add_parser(
+        "export",
+        parents=[source],
+        help="write a model as ONNX, for programs without PyTorch",
+        description="Write a model as ONNX, for programs without PyTorch. Takes up to a minute; needs the extra onnx.",
+        epilog="example: hear-weights export hear_axlstm step.onnx --part step --statistics -6.0 3.5",
+    )
+    export.add_argument("output", metavar="OUT.onnx", type=output_path, help="a new file")
+    export.add_argument(
+        "--part",
+        choices=get_args(PartName),
+        default="encoder",
+        help="encoder of clips or segments of up to 2 s, one step of an AxLSTM's stream, or the front end, which makes "
+        "log-mel of clips of any length; default: %(default)s",
+    )
+    export.add_argument(
+        "--input",
+        choices=get_args(InputName),
+        default="waveform",
+        help="what an encoder or a step takes: samples, or log-mel that is normalized; default: %(default)s",
+    )
+    export.add_argument("--layer", type=layers, metavar="N[,N...]", help="embed with the output of this block, from 1")
+    export.add_argument("--pooling", choices=tuple(POOLINGS), default="mean", help="default: %(default)s")
+    export.add_argument(
+        "--statistics", nargs=2, type=float, metavar=("MEAN", "STD"), help="normalize log-mel with these"
+    )
+    return parser
 
 
 def _find_weights(source: str, revision: str | None) -> Path:
