@@ -173,6 +173,18 @@ def test_metadata_is_the_projects(built: Built) -> None:
     assert all('extra == "torchaudio"' in line for line in torchaudio) and len(torchaudio) == 2  # with its own torch
 
 
+def test_the_list_of_components_has_all_dependencies_in_their_tested_versions(built: Built) -> None:
+    components = json.loads((ROOT / "docs" / "sbom.cdx.json").read_text())["components"]
+    versions = {component["name"].lower(): component["version"].partition("+")[0] for component in components}
+    tested = re.findall(
+        r'^([\w-]+)==([\w.]+)(?:; python_version >= "3.11")?$', (ROOT / "constraints.txt").read_text(), re.M
+    )
+    required = [name for name in built.metadata.get_all("Requires-Dist") if "extra ==" not in name]
+    names = {re.match(r"[\w-]+", name)[0] for name in required}
+    assert len(names) == 7
+    assert {name: versions.get(name) for name in names} == {name: dict(tested).get(name) for name in names}
+
+
 def test_wheel_has_licence_model_card_and_readme(built: Built) -> None:
     assert (ROOT / "LICENSE").is_file() and (ROOT / "README.md").is_file()
     assert built.metadata.get_all("License-File", []) == ["LICENSE", "MODEL_CARD.md"]
