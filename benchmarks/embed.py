@@ -41,8 +41,8 @@ from benchmarks.measure import (
 )
 from benchmarks.released_plan import ReleasedPlan
 from hear_encoders.config import PRESETS, AxLSTMConfig, EncoderConfig, TransformerConfig
-from hear_encoders.embedder import DEFAULT_MAX_SEGMENTS, Embedder
-from hear_encoders.execution import Precision, resolve_precision
+from hear_encoders.embedder import Embedder
+from hear_encoders.execution import CPU_SEGMENTS, Precision, resolve_precision
 from hear_encoders.nn.build import build_encoder
 from hear_encoders.nn.frontend import HOP, SAMPLE_RATE
 from training.flops import MATMUL_SIZE, Matmul, count_flop
@@ -289,9 +289,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--precision", choices=get_args(Precision), default="auto", help="as for Embedder; default: auto"
     )
-    parser.add_argument(
-        "--max-segments", type=int, default=DEFAULT_MAX_SEGMENTS, help="per forward pass; default: %(default)s"
-    )
+    parser.add_argument("--max-segments", type=int, default=CPU_SEGMENTS, help="per forward pass; default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="run ours with torch.compile")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--turns", type=int, default=MIN_TURNS, help="minimum per row; default: %(default)s")

@@ -17,8 +17,13 @@ from hear_encoders.papers import FEATURES, ROWS
 
 PAPERS = {"audiomaepp": "AudioMAE++", "axlstm": "AxLSTM"}  # name in file names -> name in published.csv
 
-_PAPER_OF_FAMILY = {"audiomaepp": "AudioMAE++", "mae": "AudioMAE++", "axlstm": "AxLSTM", "ssast": "AxLSTM"}
-_PAPER_OF_MODULE = {"hear_audiomaepp": "AudioMAE++", "hear_axlstm": "AxLSTM"}  # for results without a config
+MODULE_OF_FAMILY = {
+    "audiomaepp": "hear_audiomaepp",
+    "mae": "hear_audiomaepp",
+    "axlstm": "hear_axlstm",
+    "ssast": "hear_axlstm",
+}
+_PAPER_OF_MODULE = {"hear_audiomaepp": "AudioMAE++", "hear_axlstm": "AxLSTM"}
 
 # The encoders of Tables 3 to 5 by paper, table and the row's name in published.csv.
 ENCODERS: dict[tuple[str, int, str], EncoderConfig] = {row: encoder for row, (encoder, _) in ROWS.items() if row[1] > 2}
@@ -26,9 +31,8 @@ ENCODERS: dict[tuple[str, int, str], EncoderConfig] = {row: encoder for row, (en
 
 def in_paper(card: ModelRecord, paper: str) -> bool:
     """Return whether a model is shown beside the rows of a paper."""
-    if card.encoder is None:
-        return _PAPER_OF_MODULE.get(card.module, paper) == paper
-    return _PAPER_OF_FAMILY[card.encoder["family"]] == paper
+    module = card.module if card.encoder is None else MODULE_OF_FAMILY[card.encoder["family"]]
+    return _PAPER_OF_MODULE.get(module, paper) == paper
 
 
 def has_encoder(card: ModelRecord, row: tuple[str, int, str]) -> bool:

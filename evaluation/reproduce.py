@@ -30,7 +30,7 @@ from typing import Any
 from evaluation.aggregate import PUBLISHED_SEEDS, Estimate, ablation_rows, published_rows
 from evaluation.driver import Driver, Failure, Model
 from evaluation.environment import ROOT
-from evaluation.papers import PAPERS
+from evaluation.papers import MODULE_OF_FAMILY, PAPERS
 from evaluation.results import ModelFolder, read_results
 from evaluation.tables import Cell, Comparison, Row, Table, compare_hear, compare_others, method
 from evaluation.tasks import read_task
@@ -43,12 +43,6 @@ from training.run_dir import steps_saved
 CONFIGS = ROOT / "training" / "configs" / "papers"
 SETTINGS_FILE = "settings.json"
 _FIRST_LINE = re.compile(r"# (?P<paper>\S+), table (?P<table>\d): (?P<model>.+)")
-_MODULES = {
-    "audiomaepp": "hear_audiomaepp",
-    "mae": "hear_audiomaepp",
-    "axlstm": "hear_axlstm",
-    "ssast": "hear_axlstm",
-}
 
 
 @dataclass(frozen=True)
@@ -249,7 +243,7 @@ class Reproduction:
     def _evaluate(
         self, row: PaperRow, folders: Sequence[Path], seeds: Sequence[int], kit: Sequence[str], jobs: int
     ) -> list[Failure]:
-        module = _MODULES[self.run_config(row).encoder.family]
+        module = MODULE_OF_FAMILY[self.run_config(row).encoder.family]
         model = Model(self.name(row), module, str(self.weights(row)), self.options)
         try:
             return Driver(model, self.out, kit, jobs, self.report).run(folders, seeds)

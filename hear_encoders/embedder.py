@@ -26,7 +26,7 @@ from hear_encoders.checks import (
     warn_if_loud,
 )
 from hear_encoders.clips import encode_clips
-from hear_encoders.execution import CPU_SEGMENTS, Execution, Precision, raise_mmap_threshold
+from hear_encoders.execution import Execution, Precision, raise_mmap_threshold
 from hear_encoders.framing import FRAMINGS, FramingName, Segment
 from hear_encoders.nn.build import Encoder
 from hear_encoders.nn.frontend import (
@@ -39,8 +39,6 @@ from hear_encoders.nn.frontend import (
 )
 from hear_encoders.nn.frontend_torchaudio import FRONTENDS, FrontendName
 from hear_encoders.pooling import POOLINGS, PoolingName
-
-DEFAULT_MAX_SEGMENTS = CPU_SEGMENTS
 
 
 class Embedder(nn.Module):
