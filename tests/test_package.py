@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import email.message
 import email.parser
+import itertools
 import json
 import math
 import os
@@ -183,6 +184,21 @@ def test_the_list_of_components_has_all_dependencies_in_their_tested_versions(bu
     names = {re.match(r"[\w-]+", name)[0] for name in required}
     assert len(names) == 7
     assert {name: versions.get(name) for name in names} == {name: dict(tested).get(name) for name in names}
+
+
+def pinned(path: Path) -> set[tuple[str, str]]:
+    """Return the names and versions in a file of requirements."""
+    pins = re.findall(r"^([\w.-]+)==([\w.]+)", path.read_text(), re.MULTILINE)
+    return {(name.lower().replace("_", "-"), version) for name, version in pins}
+
+
+def test_the_lock_has_the_tested_versions_each_with_its_hashes() -> None:
+    lock, tested = pinned(ROOT / ".ci" / "requirements.lock"), pinned(ROOT / "constraints.txt")
+    names = {name for name, _ in lock}
+    assert names >= {"torch", "numpy", "pytest", "hearvalidator"}
+    assert {pin for pin in tested if pin[0] in names} == {pin for pin in lock if pin[0] in dict(tested)}, "run .ci/lock"
+    lines = (ROOT / ".ci" / "requirements.lock").read_text().splitlines()
+    assert all("--hash=sha256:" in after for line, after in itertools.pairwise(lines) if "==" in line)
 
 
 def test_wheel_has_licence_model_card_and_readme(built: Built) -> None:
