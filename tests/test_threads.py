@@ -179,6 +179,7 @@ def test_names_of_the_package_are_imported_on_use() -> None:
 def test_interrupted_import_is_one_line() -> None:
     interrupt = (
         "import importlib.abc, os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have ignored it\n"
         "class Interrupt(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
         "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
@@ -194,6 +195,10 @@ def test_interruption_while_the_model_loads_is_one_line(monkeypatch, capsys) -> 
     from hear_encoders.cli import embed, entry
 
     monkeypatch.setattr(embed, "main", lambda: signal.raise_signal(signal.SIGINT))
-    assert entry._run("hear-embed", "hear_encoders.cli.embed") == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have ignored it
+    try:
+        assert entry._run("hear-embed", "hear_encoders.cli.embed") == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "hear-embed: interrupted\n"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
