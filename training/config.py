@@ -274,8 +274,10 @@ def _released_rope(rope: Rope) -> Rope:
     return "none" if rope == "none" else "sequence"
 
 
-def run_config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
+def run_config_from_dict(values: Any, source: str) -> RunConfig:
     """Build a run's config from plain values; the inverse of `dataclasses.asdict`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: expected keys and values, got {shorten(values)}")
     values = dict(values)
     try:
         encoder = values.pop("encoder")

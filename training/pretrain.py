@@ -50,6 +50,7 @@ from training.run_dir import (
     latest_checkpoint,
     load_latest_checkpoint,
     prune_checkpoints,
+    read_log,
     read_run_config,
     save_checkpoint,
     set_aside_checkpoints_after,
@@ -380,6 +381,7 @@ def prepare_trainer(options: argparse.Namespace, context: DistributedContext, st
     if context.is_main:
         # Not inherited: data workers may outlive a killed run by seconds, in which it could not be started again.
         stack.enter_context(locked(options.out, inherited=False))
+    read_log(options.out)  # raises here, before anything is trained, if it is damaged
     held_out = None if options.held_out is None else ShardIndex.open(options.held_out)
     data = JoinedShards([ShardIndex.open(path) for path in options.data])
     write_or_check_data(data, options.out, write=context.is_main)

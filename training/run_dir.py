@@ -127,10 +127,26 @@ def write_or_check_data(data: JoinedShards, run: Path, *, write: bool) -> None:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """Read a run's log; empty if there is none. Half a line, which a killed process may leave, is left out."""
+    """Read a run's log; empty if there is none. Half a line, which a killed process may leave, is left out.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     path = run / LOG_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    if not path.exists():
+        return []
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict) or type(values.get("step")) is not int:
+            raise ValueError(f"{path}, line {number}: damaged: delete the line")
+        lines.append(values)
+    return lines
 
 
 # ---- checkpoints ----

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -333,6 +334,23 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_bit_for_bit_the_same(shar
         flip_bit(checkpoint / "model.safetensors")
     assert pretrain.main(command("mae", shards, parts, "save_every=4")[2:]) == 2
     assert "has no undamaged checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("log.jsonl", b'{"step": 1}\n{"ste\xff": 2}\n', r"log\.jsonl, line 2: damaged"),
+        ("log.jsonl", b"[1]\n", r"log\.jsonl, line 1: damaged"),
+        ("run.json", b"[1]", r"run\.json: expected a JSON object, got list: damaged"),
+        ("run.json", b"{}", r"run\.json: missing key 'encoder'"),
+        ("data.json", b"{", r"data\.json: not valid JSON"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_before_anything_is_trained(name, content, message, shards, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    assert pretrain.main(command("mae", shards, tmp_path)[2:]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert run_dir.steps_saved(tmp_path) == []
 
 
 @pytest.mark.parametrize("workers", [0, 1])

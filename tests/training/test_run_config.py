@@ -179,6 +179,11 @@ def test_an_error_quotes_little_of_a_value_that_expands_without_end(tmp_path):
     assert len(str(caught.value)) < 1000
 
 
+def test_a_config_of_another_kind_is_named():
+    with pytest.raises(ValueError, match=r"run\.json: expected keys and values, got \[1\]"):
+        run_config_from_dict([1], "run.json")
+
+
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     rates = [learning_rate_factor(step, warmup=10, total=110) for step in range(111)]
     assert rates[0] == 0 and rates[5] == 0.5 and rates[10] == 1

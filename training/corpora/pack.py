@@ -47,9 +47,9 @@ import torch
 from torch import Tensor
 
 from hear_encoders.console import BAD_USAGE, positive, print_error
-from hear_encoders.files import atomic_write, read_json
+from hear_encoders.files import atomic_write
 from hear_encoders.nn.frontend import BANDS, STD_OFFSET
-from training.corpora.shards import ShardIndex, frontend_settings
+from training.corpora.shards import ShardIndex, damage_named, frontend_settings, read_object
 
 PROG = "python -m training.corpora.pack"
 FORMAT_VERSION = 1
@@ -261,16 +261,18 @@ def read_pack(folder: str | os.PathLike[str]) -> dict[str, PackedRecords]:
         raise FileNotFoundError(f"no part-*.pack in {folder}")
     groups = []  # (kind, numbers, lengths, data)
     for part in parts:
-        data, manifest = part.read_bytes(), read_json(part.with_suffix(".json"))
+        data, manifest_file = part.read_bytes(), part.with_suffix(".json")
+        manifest = read_object(manifest_file)
         expected = json.loads(_manifest(manifest.get("groups", []), hashlib.sha256(data).hexdigest()))
         for key in expected:
             if manifest.get(key) != expected[key]:
                 raise ValueError(f"{part}: its manifest has {key} = {manifest.get(key)}, expected {expected[key]}")
         first = 0
-        for group in manifest["groups"]:
-            last = first + group["bytes"]
-            groups.append((group["kind"], group["records"], group["frames"], data[first:last]))
-            first = last
+        with damage_named(manifest_file):
+            for group in manifest["groups"]:
+                last = first + group["bytes"]
+                groups.append((group["kind"], group["records"], group["frames"], data[first:last]))
+                first = last
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = list(pool.map(lambda group: decode_group(group[3], group[2]), groups))
     kinds = {}
