@@ -5,7 +5,7 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user d
     cli                         the commands: hear-embed, hear-map, hear-weights
     adapters                    our models in transformers, sentence-transformers, mteb and X-ARES
     hear                        the HEAR functions that the two modules share
-    onnx_export                 models as ONNX graphs, for programs without PyTorch
+    onnx_export, onnx_graphs    models as ONNX graphs, for programs without PyTorch
     stream                      AxLSTM on audio that is still arriving
     embedder                    the object that load_model returns
     clips                       encode: files, arrays and rows of tables, decoded ahead of the encoder, in batches

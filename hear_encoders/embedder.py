@@ -45,10 +45,10 @@ class Embedder(nn.Module):
     """An encoder with everything around it, from waveforms to embeddings. `load_model` returns one.
 
     In float32 on a CPU, several threads run the encoder at once, and an AxLSTM runs from folded weights instead of its
-    modules, in bfloat16 too. So forward hooks on an encoder's modules may be called in other threads, or not at all, and so may a
-    `forward` that replaces a module's own without adding parameters: to use these, call `embedder.encoder` yourself, or
-    set `encoder.mode` of an AxLSTM to "chunkwise". Change weights through the encoder's parameters, by an optimizer or
-    `load_state_dict`; after writing to `parameter.data`, make a new `Embedder`.
+    modules, in bfloat16 too. So forward hooks on an encoder's modules may be called in other threads, or not at all,
+    and so may a `forward` that replaces a module's own without adding parameters: to use these, call `embedder.encoder`
+    yourself, or set `encoder.mode` of an AxLSTM to "chunkwise". Change weights through the encoder's parameters, by an
+    optimizer or `load_state_dict`; after writing to `parameter.data`, make a new `Embedder`.
 
     Args:
         encoder: from `build_encoder` or a checkpoint.

@@ -167,6 +167,7 @@ LAYERS = [
     ["hear_encoders.adapters"],
     ["hear_audiomaepp", "hear_axlstm"],
     ["hear_encoders.onnx_export"],
+    ["hear_encoders.onnx_graphs"],
     ["hear_encoders.hear", "hear_encoders.stream"],
     ["hear_encoders.__init__"],
     ["hear_encoders.embedder"],

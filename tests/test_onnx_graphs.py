@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hear_encoders import AxLSTMConfig, Embedder, build_encoder
 from hear_encoders.nn.axlstm import AxLSTMEncoder
-from hear_encoders.onnx_export import EncoderGraph, StepGraph
+from hear_encoders.onnx_graphs import EncoderGraph, StepGraph
 
 CONFIGS = {
     "plain": SMALL_CONFIGS["axlstm"],
