@@ -238,9 +238,10 @@ def settings_difference(earlier: Mapping[str, Any], now: Mapping[str, Any], free
 
 def _create(path: Path, content: bytes) -> bool:
     """Create a file atomically; return False, and write nothing, if it exists already."""
-    unfinished = _unfinished(path)
-    try:
-        with open(unfinished, "wb") as file:
+    with ExitStack() as stack:
+        unfinished, file = _open_unfinished(path, stack)
+        stack.callback(unfinished.unlink, missing_ok=True)
+        with file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -251,6 +252,3 @@ def _create(path: Path, content: bytes) -> bool:
         except OSError:  # a file system without hard links
             os.replace(unfinished, path)
         return True
-    finally:
-        with suppress(FileNotFoundError):
-            unfinished.unlink()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hear_encoders.files import atomic_write, remove_leftovers
+from hear_encoders.files import atomic_write, remove_leftovers, write_or_check_settings
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="permissions, signals and locks of POSIX")
 
@@ -71,6 +71,9 @@ with atomic_write(sys.argv[1]) as file:
 """
 
 
+TIDY = "import sys; from hear_encoders.files import remove_leftovers; remove_leftovers(sys.argv[1])"
+
+
 def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_kept(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER]
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -88,3 +91,15 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_kept
     living.communicate("go on\n")
     assert living.returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [".notes.tmp", "living"]
+
+
+def test_a_run_that_removes_leftovers_does_not_disturb_one_that_records_its_settings(tmp_path, monkeypatch) -> None:
+    fsync = os.fsync
+
+    def fsync_while_another_run_tidies(descriptor: int) -> None:
+        fsync(descriptor)
+        subprocess.run([sys.executable, "-c", TIDY, tmp_path], check=True)
+
+    monkeypatch.setattr("hear_encoders.files.os.fsync", fsync_while_another_run_tidies)
+    write_or_check_settings(tmp_path / "settings.json", {"seed": 1}, holds="a run", advice="choose another")
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
