@@ -771,3 +771,12 @@ def test_verify_names_other_damage_and_folders_without_checksums(copy: Path, cap
     assert code == 1 and "shard-000000.tar has 1000 bytes, expected" in err
     code, _, err = verify(copy / "nowhere", capsys)
     assert code == 1 and "no index.json" in err
+
+
+def test_an_interrupted_verification_is_one_line(copy: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.corpora.prepare.verify", interrupt)
+    assert main(["--verify", str(copy)]) == 130
+    assert "interrupted" in capsys.readouterr().err

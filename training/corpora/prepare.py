@@ -136,10 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--verify", type=Path, action=_Verify, metavar="SHARDS", help="only check that a folder of shards is undamaged"
     )
-    options = parser.parse_args(arguments)
-    if not SHORTEST_REMAINDER_S <= options.record_seconds < math.inf:
-        parser.error(f"--record-seconds must be at least {SHORTEST_REMAINDER_S}")
     try:
+        options = parser.parse_args(arguments)  # --verify does its work here
+        if not SHORTEST_REMAINDER_S <= options.record_seconds < math.inf:
+            parser.error(f"--record-seconds must be at least {SHORTEST_REMAINDER_S}")
         with sigterm_interrupts():
             return _prepare(parser.prog, options)
     except KeyboardInterrupt:
