@@ -2,7 +2,7 @@
 
 Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user down to the maths:
 
-    cli                         the commands: hear-embed, hear-map, hear-weights
+    cli                         the commands: hear-embed, hear-embed-corpus, hear-map, hear-weights
     adapters                    our models in transformers, sentence-transformers, mteb and X-ARES
     hear                        the HEAR functions that the two modules share
     onnx_export, onnx_graphs    models as ONNX graphs, for programs without PyTorch
@@ -17,6 +17,7 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user d
     audio, media, pcm           audio files, what only FFmpeg reads, and pipes -> 16 kHz mono
     checks                      errors for input that is not audio
     papers                      the encoders of the papers' tables, and the rows that an encoder can stand for
+    storage                     files at addresses: object storage, the Hub
     files                       atomic writes, locks, folders that belong to one run's settings
     threads                     CPU threads of the commands
     console                     exit codes, messages, progress, argument types

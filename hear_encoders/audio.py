@@ -51,6 +51,17 @@ def audio_extensions() -> set[str]:
     }
 
 
+def extensions_read() -> tuple[set[str], dict[str, str]]:
+    """Return the extensions of files that are read here, and those of other media, with the reason why not."""
+    readable, unreadable = audio_extensions(), dict.fromkeys(_HEADERLESS, _NEEDS_HEADER)
+    try:
+        media.import_av()
+        readable |= media.MEDIA_EXTENSIONS
+    except ImportError:
+        unreadable.update(dict.fromkeys(media.MEDIA_EXTENSIONS, _NEEDS_AV))
+    return readable, unreadable
+
+
 def load_audio(path: str | os.PathLike[str]) -> Tensor:
     """Read an audio file, or a video's sound, as 16 kHz mono: average its channels, resample other sample rates.
 
@@ -297,12 +308,7 @@ def search_audio(inputs: Sequence[str], exclude: Sequence[str] = ()) -> Search:
     Raises:
         FileNotFoundError: an input does not exist, or selects no audio file; or all files are excluded.
     """
-    readable, unreadable = audio_extensions(), dict.fromkeys(_HEADERLESS, _NEEDS_HEADER)
-    try:
-        media.import_av()
-        readable |= media.MEDIA_EXTENSIONS
-    except ImportError:
-        unreadable.update(dict.fromkeys(media.MEDIA_EXTENSIONS, _NEEDS_AV))
+    readable, unreadable = extensions_read()
     roots: list[str] = []
     paths: dict[str, Path] = {}  # by absolute path, so that no file is listed twice
     left_out: dict[str, Path] = {}
@@ -330,11 +336,11 @@ def search_audio(inputs: Sequence[str], exclude: Sequence[str] = ()) -> Search:
         left_out.update((os.path.abspath(path), path) for path in unread)
     root = os.path.commonpath(roots)
     files = [AudioFile(path, _name_below(root, path)) for path in paths.values()]
-    kept = [file for file in files if not _is_excluded(file.name, exclude)]
+    kept = [file for file in files if not is_excluded(file.name, exclude)]
     if not kept:
         raise FileNotFoundError(f"no audio files left: all {len(files)} are excluded")
     unread = [path for absolute, path in left_out.items() if absolute not in paths]
-    others = [other for other in _named(unread, root, unreadable) if not _is_excluded(other.name, exclude)]
+    others = [other for other in _named(unread, root, unreadable) if not is_excluded(other.name, exclude)]
     return Search(Path(root), sorted(kept, key=lambda file: file.name), others)
 
 
@@ -360,7 +366,8 @@ def _name_below(root: str, path: Path) -> str:
     return Path(os.path.relpath(os.path.abspath(path), os.path.abspath(root))).as_posix()
 
 
-def _is_excluded(name: str, patterns: Iterable[str]) -> bool:
+def is_excluded(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a file's name relative to the root, its last part or a folder in it matches a pattern."""
     return any(
         fnmatch.fnmatchcase(candidate, pattern.rstrip("/"))
         for pattern in patterns

@@ -164,8 +164,8 @@ def test_metadata_is_the_projects(built: Built) -> None:
     assert metadata["Summary"]
     extras = set(metadata.get_all("Provides-Extra"))
     assert extras == {
-        *("av", "eval", "lint", "map", "mteb", "onnx", "parquet", "peers", "sentence-transformers", "test", "test-map"),
-        *("torchaudio", "train", "transformers", "xares"),
+        *("av", "eval", "lint", "map", "mteb", "onnx", "parquet", "peers", "ray", "sentence-transformers", "test"),
+        *("test-map", "test-ray", "torchaudio", "train", "transformers", "xares"),
     }
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {re.match(r"[\w-]+", line)[0] for line in required}
@@ -216,6 +216,7 @@ def test_commands_are_declared(built: Built) -> None:
     assert dict(entries["console_scripts"]) == {
         "hear-map": "hear_encoders.cli.entry:hear_map",
         "hear-embed": "hear_encoders.cli.entry:hear_embed",
+        "hear-embed-corpus": "hear_encoders.cli.entry:hear_embed_corpus",
         "hear-weights": "hear_encoders.cli.entry:hear_weights",
     }
 
@@ -266,7 +267,7 @@ def test_wheel_works_from_an_empty_directory_with_its_bundled_weights(built: Bui
 def scripts(site: Path) -> dict[str, Path]:
     """Return the commands' installed scripts by name."""
     found = {path.stem: path for path in (site / ("Scripts" if os.name == "nt" else "bin")).iterdir()}
-    assert sorted(found) == ["hear-embed", "hear-map", "hear-weights"]
+    assert sorted(found) == ["hear-embed", "hear-embed-corpus", "hear-map", "hear-weights"]
     return found
 
 

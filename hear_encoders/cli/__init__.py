@@ -1,1 +1,1 @@
-"""Commands: `hear-embed`, `hear-map`, `hear-weights`, and embedding a corpus under torchrun."""
+"""Commands: `hear-embed`, `hear-embed-corpus`, `hear-map` and `hear-weights`."""

@@ -30,6 +30,7 @@ from hear_encoders.console import (
 from hear_encoders.embedder import Embedder
 from hear_encoders.pcm import ENCODINGS, PCM, read_pipe
 from hear_encoders.stream import DEFAULT_WARM_UP_S, AxLSTMStream
+from hear_encoders.threads import usable_cpus
 
 STREAMING_MODEL = "hear_axlstm"
 
@@ -82,6 +83,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=MODELS, help=f"default: {MODELS[0]}, or {STREAMING_MODEL} with --stream")
     add_embedding_arguments(parser)
+    parser.add_argument(
+        "--jobs",
+        type=positive(int),
+        default=min(8, usable_cpus()),
+        metavar="N",
+        help="decoding threads; default: %(default)s",
+    )
     live = parser.add_argument_group("streaming")
     live.add_argument("--stream", action="store_true", help="embed standard input; INPUT must be -")
     live.add_argument(

@@ -1,249 +1,362 @@
-"""Embed a corpus on many cores, GPUs or machines: `torchrun -m hear_encoders.cli.embed_corpus INPUT... -o OUT`.
+"""The command `hear-embed-corpus`: embed a corpus on Ray, on this machine or on a cluster.
 
-The files are cut into parts; rank r of n takes missing parts r, r + n, r + 2n, ... OUT holds (NNNNNN: part number)
+OUT, a folder or an address on object storage, holds
 
-    part-NNNNNN.parquet       rows as in `hear-embed -o .parquet`, with absolute paths: path, embedding, and with
-                              --timestamps timestamp_ms
-    _part-NNNNNN.json         written after it: number of files in the part, and the error of each that failed
-    _part-NNNNNN.files.json   files in the part
-    _plan.json                number of parts, and settings of the embeddings
+    part-HASH.parquet         a row per recording: path, duration_s, embedding, and a manifest's other columns; with
+                              --timestamps a row per step, and timestamp_ms
+    errors/_part-HASH.jsonl   a line for each recording that failed: {"path": ..., "reason": ...}
+    _hear-embed-corpus.json   settings of the embeddings
 
-pyarrow, pandas and Spark read the folder as one table, since they skip names that begin with _; for other tools, pass
-OUT/part-*.parquet. Parts are written atomically. If processes die, give the same command again, with any number of
-processes: only the parts they were working on are lost. Files added in the meantime go into new parts. Run one launch
-at a time on a folder. Killed processes may leave hidden `.*.tmp` files in it.
+Tools read the Parquet files as one table and skip names that begin with _. To try failed recordings again, delete
+`errors/`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
 import os
+import pickle
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from datetime import timedelta
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from hear_encoders.audio import AudioFile, find_audio
-from hear_encoders.cli.corpus import Failure, embed_files
-from hear_encoders.cli.options import MODELS, add_embedding_arguments, embedding_settings, load_embedder
-from hear_encoders.cli.outputs import ParquetOutput, check_parquet, output_kind
-from hear_encoders.console import BAD_USAGE, output_path, positive, print_error, warnings_as_messages
+from hear_encoders import __version__, save_checkpoint
+from hear_encoders.cli.corpus_inputs import Plan, plan
+from hear_encoders.cli.corpus_stages import (
+    ERRORS,
+    Embed,
+    decode,
+    done_paths,
+    model_settings,
+    settings_or_error,
+    write,
+)
+from hear_encoders.cli.options import MODELS, add_embedding_arguments, load_embedder
+from hear_encoders.console import (
+    BAD_USAGE,
+    FAILED,
+    INTERRUPTED,
+    non_negative,
+    positive,
+    print_error,
+    print_line,
+    progress,
+    warnings_as_messages,
+)
 from hear_encoders.embedder import Embedder
-from hear_encoders.files import read_json, settings_difference, write_json
+from hear_encoders.storage import Folder, is_url
 
-PLAN_FILE = "_plan.json"
-POLL_S = 1.0
-PLANNING_TIMEOUT = timedelta(days=1)
-MISSING_PARTS = "missing parts"  # key in torchrun's key-value store
+SETTINGS_FILE = "_hear-embed-corpus.json"
+OLD_PLAN_FILE = "_plan.json"  # of the torchrun command before
+
+# CPUs that Ray reserves for a worker on a CPU, which uses --threads of them, and for a task of the other stages beside
+# it. They leave room for the workers of another machine that fails. Were they equal, Ray would decode in the workers.
+WORKER_CPUS, STAGE_CPUS = 0.3, 0.25
+MAX_BLOCKS = 10000  # that Ray keeps track of
+
+_COLUMNS = {"path", "duration_s", "timestamp_ms", "embedding"}
 
 _EPILOG = """\
-examples:
-  torchrun --nproc-per-node=8 -m hear_encoders.cli.embed_corpus recordings/ -o embeddings/
-  torchrun --nnodes=4 --nproc-per-node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=first:29500 \\
-      -m hear_encoders.cli.embed_corpus /data/recordings -o /data/embeddings
+INPUT is an audio file, a folder (recursive) or a glob pattern, on this machine or at an address such as s3://, gs://,
+https:// or hf://. It may also be a manifest (.csv, .parquet) with the paths of recordings, whose other columns are
+carried through; a table with audio (.parquet, or a folder of `Dataset.save_to_disk`); or a WebDataset shard (.tar).
 
-On all machines, the recordings and OUT must have the same paths. To resume an interrupted run, give the same command
-again. Files that cannot be embedded neither stop the run nor change the exit status, which would make torchrun stop the
-other processes. They are listed at the end and in OUT/_part-*.json; delete such a file to redo its part.
+examples:
+  hear-embed-corpus recordings/ -o embeddings/
+  hear-embed-corpus s3://bucket/recordings/ -o s3://bucket/embeddings/ --address auto --gpus-per-worker 1
+  hear-embed-corpus manifest.parquet -o embeddings/ --column file --half
+  hear-embed-corpus 'shards/*.tar' -o embeddings/ --workers 16
+
+To resume an interrupted run, or to add new files, give the same command again: only what is missing is embedded.
+
+exit status:
+  0    all recordings were embedded
+  1    some failed, as OUT/errors/ says, or were left out; or the run could not go on
+  2    bad usage: nothing was embedded
+  130  interrupted
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command in one of the processes and return its exit code."""
+    """Run `hear-embed-corpus` and return its exit code."""
+    options = _parse(arguments)
+    with warnings_as_messages(options.prog):
+        try:
+            if importlib.util.find_spec("ray") is None:
+                raise ValueError("embedding a corpus needs Ray: pip install 'hear-audiomaepp[ray]'")
+            output = Folder(options.output)
+            _check_output(output)
+            checkpoint, embedder = _checkpoint(options)
+            work = plan(
+                options.inputs,
+                exclude=options.exclude,
+                column=options.column,
+                done=done_paths(output),
+                task_mb=options.task_mb,
+            )
+            if taken := _COLUMNS & set(work.extras.names):
+                raise ValueError(f"the manifest's column {min(taken)!r} would take the place of the output's own")
+            with _on_ray(options):
+                settings = {
+                    **_settings(options, checkpoint, embedder),
+                    "columns": {field.name: str(field.type) for field in work.extras},
+                }
+                output.claim(SETTINGS_FILE, settings, holds="embeddings made", advice="choose another folder")
+                return _embed(options, output, work, checkpoint, embedder, settings)
+        except KeyboardInterrupt:
+            print_error(options.prog, "interrupted")
+            return INTERRUPTED
+        except (OSError, ValueError) as error:
+            print_error(options.prog, f"error: {error}")
+            return BAD_USAGE
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m hear_encoders.cli.embed_corpus",
-        description="Embed a corpus into a folder of Parquet files, with several processes under torchrun. "
-        "An interrupted run can be resumed.",
+        "hear-embed-corpus",
+        description="Embed a corpus into a folder of Parquet files with Ray, on this machine or on a cluster.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-o", "--output", required=True, type=output_path, metavar="OUT", help="folder")
-    parser.add_argument(
-        "--part-files", type=positive(int), default=1000, metavar="N", help="files per part; default: %(default)s"
-    )
-    parser.add_argument(
-        "--part-mb", type=positive(float), default=256.0, metavar="N", help="MB of audio per part; default: %(default)g"
-    )
+    parser.set_defaults(prog=parser.prog)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder, or its address on object storage")
     parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
     add_embedding_arguments(parser)
-    options = parser.parse_args(arguments)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    with warnings_as_messages(parser.prog):
-        try:
-            check_parquet()
-            options.device = _own_device(options.device)
-            embedder = load_embedder(options)
-            missing = _agree_on_parts(options, embedder, rank, processes)
-            root = Path(_read_plan(options.output)["settings"]["root"])
-            _check_settings(options, embedder, root)
-        except (OSError, ValueError) as error:
-            print_error(parser.prog, f"error: {error}")
-            return BAD_USAGE
-        failures = []
-        own = missing[rank::processes]
-        for done, number in enumerate(own, start=1):
-            if not _record_file(options.output, number).exists():  # it may exist after a restart
-                failures += _embed_part(embedder, root, number, options)
-                print_error(parser.prog, f"part {number} done, {done} of {len(own)}")
-        for failure in failures:
-            print_error(parser.prog, f"failed: {failure.reason}")
-        # A few minutes after the first machine has finished, torchrun would stop the others.
-        while processes > 1 and not all(_record_file(options.output, number).exists() for number in missing):
-            time.sleep(POLL_S)
-    return 0
+    parser.add_argument("--half", action="store_true", help="write float16 instead of float32")
+    parser.add_argument(
+        "--column",
+        metavar="NAME",
+        help="of a manifest, with the paths, or of a table, with the audio; default: path, audio",
+    )
+    cluster = parser.add_argument_group("Ray")
+    cluster.add_argument(
+        "--address",
+        help="of a Ray cluster to join, such as auto; default: $RAY_ADDRESS, else start Ray on this machine",
+    )
+    cluster.add_argument(
+        "--workers", type=positive(int), metavar="N", help="processes with a model; default: one per GPU, else per CPU"
+    )
+    cluster.add_argument(
+        "--gpus-per-worker",
+        type=non_negative,
+        metavar="N",
+        help="such as 0.5, for two workers on each GPU; default: 1 if the cluster has GPUs, else 0",
+    )
+    cluster.add_argument(
+        "--part-seconds",
+        type=positive(float),
+        default=1800.0,
+        metavar="N",
+        help="seconds of audio in a file of OUT, at least; lower it for a small corpus, so that every worker gets "
+        "several parts; default: %(default)g",
+    )
+    cluster.add_argument(
+        "--task-mb",
+        type=positive(float),
+        default=128.0,
+        metavar="N",
+        help="MB of files that a decoding task reads, at least; default: %(default)g",
+    )
+    return parser.parse_args(arguments)
 
 
-def _own_device(device: str | None) -> str | None:
-    """Return this process's own GPU if the option asks for a GPU, else the option.
-
-    Raises:
-        ValueError: the machine has more processes than GPUs.
-    """
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if device not in (None, "cuda") or gpus == 0:
-        return device
-    if local_rank >= gpus:
-        raise ValueError(
-            f"this is process {local_rank + 1} of a machine with {gpus} GPUs: start one process per GPU or set --device"
-        )
-    return f"cuda:{local_rank}"
-
-
-def _agree_on_parts(options: argparse.Namespace, embedder: Embedder, rank: int, processes: int) -> list[int]:
-    """Return the numbers of the parts that are missing when the run begins, the same list in all processes.
-
-    Rank 0 makes the list; the others read it from torchrun's key-value store. The store outlives the processes, so the
-    list survives a restart; some of its parts are then done already.
-
-    Raises:
-        FileNotFoundError, ValueError: as `_make_plan`, in rank 0; torchrun then stops the others.
-    """
-    if processes == 1:
-        return _make_plan(options, embedder)
-    store, _, _ = next(dist.rendezvous("env://"))
-    if rank == 0 and not store.check([MISSING_PARTS]):
-        store.set(MISSING_PARTS, json.dumps(_make_plan(options, embedder)))
-    store.wait([MISSING_PARTS], PLANNING_TIMEOUT)
-    return json.loads(store.get(MISSING_PARTS))
-
-
-def _make_plan(options: argparse.Namespace, embedder: Embedder) -> list[int]:
-    """Write the plan, or add new files to it, and return the numbers of the missing parts.
-
-    Raises:
-        FileNotFoundError: no such input, or no audio in it.
-        ValueError: the folder holds embeddings made with other settings, or something else.
-    """
-    output, parts, known = options.output, 0, set()
-    if output_kind(output) != "folder":
+def _check_output(output: Folder) -> None:
+    """Raise ValueError unless the output is new or this command's own."""
+    if not is_url(str(output)) and Path(str(output)).is_file():
         raise ValueError(f"{output}: expected a folder")
-    root, files = find_audio(options.inputs, options.exclude)
-    if (output / PLAN_FILE).exists():
-        _check_settings(options, embedder, root)
-        parts = _read_plan(output)["parts"]
-        known = {name for number in range(parts) for name in read_json(_files_file(output, number))}
-    elif output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and has no {PLAN_FILE}: choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    settings = _settings(options, embedder, root)
-    if parts == 0:  # before the parts, so that interrupted planning can be resumed
-        write_json(output / PLAN_FILE, {"settings": settings, "parts": 0})
-    part: list[str] = []
-    size = 0.0
-    for file in [*(file for file in files if file.name not in known), None]:
-        megabytes = 0.0 if file is None else _size_mb(file.path)
-        if part and (file is None or len(part) == options.part_files or size + megabytes > options.part_mb):
-            write_json(_files_file(output, parts), part)
-            part, size, parts = [], 0.0, parts + 1
-        if file is not None:
-            part.append(file.name)
-            size += megabytes
-    write_json(output / PLAN_FILE, {"settings": settings, "parts": parts})
-    return [number for number in range(parts) if not _record_file(output, number).exists()]
+    names = output.names()
+    if OLD_PLAN_FILE in names:
+        raise ValueError(f"{output} was made by torchrun -m hear_encoders.cli.embed_corpus: see CHANGELOG.md to go on")
+    if SETTINGS_FILE not in names and any(name.endswith(".parquet") for name in names):
+        raise ValueError(f"{output} holds Parquet files, but no {SETTINGS_FILE}: choose another folder")
+    output.tidy()
+    output.tidy(ERRORS)
 
 
-def _size_mb(path: Path) -> float:
-    """Return a file's size in MB, or 0 if it has been deleted since it was found; embedding it will fail later."""
+def _checkpoint(options: argparse.Namespace) -> tuple[dict[str, bytes], Embedder]:
+    """Return the content of the files of the weights, and the model on this machine's CPU."""
+    embedder = load_embedder(argparse.Namespace(**{**vars(options), "device": "cpu", "compile": False}))
+    with tempfile.TemporaryDirectory(prefix="hear-weights-") as folder:
+        save_checkpoint(folder, embedder.encoder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}, embedder
+
+
+@contextmanager
+def _on_ray(options: argparse.Namespace) -> Iterator[None]:
+    """Join the cluster or start Ray; set the options that depend on it; leave or stop it at the end."""
+    import ray
+
+    joined = ray.is_initialized()  # by the program that calls `main`
+    if not joined:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report over the network
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of Ray's C++, which logs to the console
+        address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+        local = {"include_dashboard": False} if address == "local" else {}
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
     try:
-        return path.stat().st_size / 1e6
-    except OSError:
-        return 0.0
+        resources = ray.cluster_resources()
+        if options.gpus_per_worker is None:
+            on_gpu = resources.get("GPU", 0) > 0 and options.device in (None, "auto", "cuda")
+            options.gpus_per_worker = 1.0 if on_gpu else 0.0
+        if options.device is None:
+            options.device = "cuda" if options.gpus_per_worker else "cpu"
+        if options.workers is None:
+            gpus = resources.get("GPU", 0)
+            options.workers = max(
+                1, int(gpus / options.gpus_per_worker if options.gpus_per_worker else resources.get("CPU", 1))
+            )
+        if options.threads is None:
+            options.threads = 1
+        yield
+    finally:
+        if not joined:
+            ray.shutdown()
 
 
-def _settings(options: argparse.Namespace, embedder: Embedder, root: Path) -> dict[str, Any]:
-    return {**embedding_settings(embedder, options.model, root), "timestamps": options.timestamps}
+def _resources(options: argparse.Namespace) -> dict[str, float]:
+    """Return what Ray reserves for a worker."""
+    if options.gpus_per_worker:
+        return {"num_cpus": 1, "num_gpus": options.gpus_per_worker}
+    return {"num_cpus": WORKER_CPUS}
 
 
-def _check_settings(options: argparse.Namespace, embedder: Embedder, root: Path) -> None:
-    """Raise ValueError if the plan has other settings. Each process checks: a machine may have other weights."""
-    if difference := settings_difference(_read_plan(options.output)["settings"], _settings(options, embedder, root)):
-        raise ValueError(f"{options.output} holds embeddings made with {difference}: choose another folder")
-
-
-def _read_plan(output: Path) -> dict[str, Any]:
-    path = output / PLAN_FILE
-    try:
-        plan = read_json(path)
-        plan["settings"]["root"], range(plan["parts"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged; choose another folder") from error
-    return plan
-
-
-def _record_file(output: Path, number: int) -> Path:
-    return output / f"_part-{number:06d}.json"
-
-
-def _files_file(output: Path, number: int) -> Path:
-    return output / f"_part-{number:06d}.files.json"
-
-
-def _embed_part(embedder: Embedder, root: Path, number: int, options: argparse.Namespace) -> list[Failure]:
-    """Embed a part, write it, and return the files that failed.
+def _settings(options: argparse.Namespace, checkpoint: dict[str, bytes], embedder: Embedder) -> dict[str, Any]:
+    """Return the settings of the embeddings. The precision depends on the device: a worker on a GPU is asked.
 
     Raises:
-        RuntimeError: all files failed, and not because of their content: this machine is broken, or cannot reach the
-            recordings. (Files that were deleted while others remain count as ordinary failures.)
+        ValueError: a worker cannot load the model.
     """
-    files = [AudioFile(root / name, name) for name in read_json(_files_file(options.output, number))]
-    path = options.output / f"part-{number:06d}.parquet"
-    output = ParquetOutput(path, options.timestamps)
+    import ray
+
+    if options.device == "cpu":
+        return model_settings(embedder, options)
+    found = ray.get(ray.remote(settings_or_error).options(**_resources(options)).remote(options, checkpoint))
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
+
+
+def _embed(
+    options: argparse.Namespace,
+    output: Folder,
+    work: Plan,
+    checkpoint: dict[str, bytes],
+    embedder: Embedder,
+    settings: dict[str, Any],
+) -> int:
+    """Run the stages, report, and return the exit code."""
+    import ray.exceptions
+
+    began = time.time()
+    files, failed, seconds = 0, 0, 0.0
+    busy: dict[str, list[tuple[float, float]]] = defaultdict(list)
     try:
-        failures = embed_files(
-            embedder,
-            files,
-            output,
-            timestamps=options.timestamps,
-            batch_seconds=options.batch_seconds,
-            jobs=options.jobs,
+        with progress(work.files, "file", options.prog) as advance:
+            for report in _reports(options, output, work, checkpoint, embedder, settings):
+                reasons = report["failures"]
+                for message in report["warnings"]:
+                    print_error(options.prog, f"warning: {message}")
+                for reason in reasons:
+                    print_error(options.prog, f"failed: {reason}")
+                files, failed, seconds = files + report["files"], failed + len(reasons), seconds + report["seconds"]
+                busy[report["worker"]].append((report["began"], report["ended"]))
+                advance(report["files"] + len(reasons))
+    except ray.exceptions.RayError as error:
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        print_error(options.prog, f"error: {cause}; what is done is kept: give the same command again")
+        return FAILED
+    already_there = f", {work.done} already there" if work.done else ""
+    hours, took = seconds / 3600, time.time() - began
+    if files or failed:
+        print_line(
+            f"{output}: {_recordings(files)} embedded{already_there}, {hours:.2f} hours in {took:.0f} s; "
+            f"workers were busy {busy_share(busy):.0%} of the time"
         )
-        all_machine_faults = len(failures) == len(files) and all(failure.machine_fault for failure in failures)
-        if all_machine_faults and not _all_deleted(files, root):
-            raise RuntimeError(
-                f"none of the {len(files)} files of part {number} could be embedded: {failures[0].reason}"
-            )
-        if len(failures) < len(files):
-            output.close()
-        else:
-            output.abort()
-            path.unlink(missing_ok=True)  # from an earlier attempt
-    except BaseException:
-        output.abort()
-        raise
-    reasons = [failure.reason for failure in failures]
-    write_json(_record_file(options.output, number), {"files": len(files), "failures": reasons})
-    return failures
+    else:
+        print_line(f"{output}: nothing new, {_recordings(work.done)} already there")
+    if failed:
+        print_error(options.prog, f"{_recordings(failed)} failed: see {output}/{ERRORS}")
+    for line in work.left_out:
+        print_error(options.prog, line)
+    return FAILED if failed or work.left_out else 0
 
 
-def _all_deleted(files: list[AudioFile], root: Path) -> bool:
-    """Return whether all files were deleted. If nothing else is left either, their disk is missing instead."""
-    return not any(file.path.exists() for file in files) and root.is_dir() and any(root.iterdir())
+def _recordings(count: int) -> str:
+    return f"{count} recording{'' if count == 1 else 's'}"
+
+
+def _reports(
+    options: argparse.Namespace,
+    output: Folder,
+    work: Plan,
+    checkpoint: dict[str, bytes],
+    embedder: Embedder,
+    settings: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Run the stages on Ray Data, and yield what `write` tells of each part."""
+    import ray.data
+
+    if not work.tasks:
+        return
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # a task is many parts
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1 << 20  # bytes; so that each part is a block, which goes to one worker
+    tasks = [{"task": pickle.dumps(task)} for task in work.tasks]
+    stage: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    if options.gpus_per_worker:
+        stage |= {"num_cpus": 1}
+    else:  # where embedding takes most of the CPUs, a decoder for each worker is plenty
+        stage |= {"num_cpus": STAGE_CPUS, "compute": ray.data.TaskPoolStrategy(size=options.workers)}
+    size = embedder.timestamp_embedding_size if options.timestamps else embedder.scene_embedding_size
+    reports = (
+        ray.data.from_items(tasks, override_num_blocks=min(len(tasks), MAX_BLOCKS))
+        .map_batches(
+            decode, fn_kwargs={"part_seconds": options.part_seconds, "is_local": embedder.framer.is_local}, **stage
+        )
+        .map_batches(
+            Embed,
+            fn_constructor_args=(options, partial(ray.get, ray.put(checkpoint)), settings),
+            compute=ray.data.ActorPoolStrategy(size=options.workers),
+            batch_size=1,
+            batch_format="pyarrow",
+            **_resources(options),
+        )
+        .map_batches(
+            write,
+            fn_kwargs={
+                "output": str(output),
+                "extras": work.extras,
+                "framer": embedder.framer,
+                "timestamps": options.timestamps,
+                "size": size,
+            },
+            **stage,
+        )
+    )
+    for row in reports.iter_rows():
+        yield json.loads(row["report"])
+
+
+def busy_share(periods: dict[str, list[tuple[float, float]]]) -> float:
+    """Return which share of the time workers were embedding, each from its first part on until the run's last part."""
+    embedding = sum(ended - began for parts in periods.values() for began, ended in parts)
+    last = max((ended for parts in periods.values() for _, ended in parts), default=0.0)
+    there = sum(last - min(began for began, _ in parts) for parts in periods.values())
+    return embedding / there if there else 0.0
 
 
 if __name__ == "__main__":

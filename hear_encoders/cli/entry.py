@@ -18,6 +18,12 @@ def hear_embed() -> int:
     return _run("hear-embed", "hear_encoders.cli.embed")
 
 
+def hear_embed_corpus() -> int:
+    """Run `hear-embed-corpus` and return its exit code."""
+    wait_passively()
+    return _run("hear-embed-corpus", "hear_encoders.cli.embed_corpus")
+
+
 def hear_weights() -> int:
     """Run `hear-weights` and return its exit code."""
     return _run("hear-weights", "hear_encoders.cli.weights")

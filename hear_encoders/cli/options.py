@@ -16,13 +16,13 @@ from hear_encoders.execution import Precision, resolve_device, resolve_precision
 from hear_encoders.framing import FRAMINGS
 from hear_encoders.hear import EMBEDDINGS, HearModule
 from hear_encoders.pooling import POOLINGS
-from hear_encoders.threads import usable_cpus, use_threads
+from hear_encoders.threads import use_threads
 
 MODELS = ("hear_audiomaepp", "hear_axlstm")
 
 
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the inputs and all options that embedding commands share, except --output and --model."""
+    """Add the inputs and all options that embedding commands share, except --output, --model and --jobs."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder (recursive) or glob pattern")
     parser.add_argument(
         "--exclude",
@@ -84,13 +84,6 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         default=120.0,
         metavar="N",
         help="seconds of audio per batch; default: %(default)g",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=positive(int),
-        default=min(8, usable_cpus()),
-        metavar="N",
-        help="decoding threads; default: %(default)s",
     )
     parser.add_argument(
         "--threads",
