@@ -99,7 +99,7 @@ class HearModel(PreTrainedModel):
 
         Args:
             input_values: (B, samples) 16 kHz mono in [-1, 1], padded at the end.
-            attention_mask: (B, samples), 1 for samples and 0 for padding. None: there is no padding.
+            attention_mask: (B, samples), 1 for samples and 0 for padding, in any dtype. None: there is no padding.
 
         Returns:
             `last_hidden_state` (B, T, E), one embedding per 40 ms, zero where only padding is; and `pooler_output`
@@ -110,12 +110,13 @@ class HearModel(PreTrainedModel):
         """
         lengths = None
         if attention_mask is not None:
-            if attention_mask.shape != input_values.shape or (attention_mask.diff(dim=1) > 0).any():
+            mask = attention_mask.long()  # of booleans and unsigned integers, differences have no sign
+            if mask.shape != input_values.shape or (mask.diff(dim=1) > 0).any():
                 raise ValueError(
                     f"attention_mask must be {tuple(input_values.shape)}, in each row ones and then zeros: "
                     "pad at the end"
                 )
-            lengths = attention_mask.sum(1)
+            lengths = mask.sum(1)
         embedder = self._embedder
         embedder.log_mel.to(self.device)
         steps = embedder(input_values, lengths)

@@ -54,6 +54,15 @@ def test_padded_batches_have_the_embeddings_of_the_clips_alone(folder, small_enc
         assert torch.equal(model(**batch, return_dict=False)[1], output.pooler_output)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_masks_of_all_dtypes_mean_the_same(folder, batch, dtype):
+    model = load(folder)
+    with torch.no_grad():
+        expected = model(**batch).pooler_output
+        got = model(batch["input_values"], batch["attention_mask"].to(dtype)).pooler_output
+    assert torch.equal(got, expected)
+
+
 def test_without_a_mask_all_samples_count(folder, small_encoder, noise):
     audio = noise(2, 8000)
     with torch.no_grad():
