@@ -561,7 +561,7 @@ def test_a_run_logs_held_out_errors_and_writes_tensorboard(shards, eight_clips, 
         for name in line.keys() - {"step", "clips"}:
             assert scalars[line["step"], name] == pytest.approx(line[name], rel=1e-6)
     assert {"loss", "learning_rate", "gradient_norm", "clips_per_s", "mfu"} < training[0].keys()
-    assert 0 < training[0]["mfu"] < 1
+    assert training[0]["mfu"] > 0  # above 1 if the machine was busier when its matmul rate was measured
     assert drawn == {(0, "reconstruction"), (2, "reconstruction"), (4, "reconstruction")}
     for step in (0, 2, 4):
         assert (tmp_path / "pictures" / f"step-{step:08d}.png").read_bytes().startswith(b"\x89PNG")
