@@ -276,6 +276,21 @@ def test_impossible_requests_fail_before_any_work(cluster, arguments, recordings
     assert "column 'embedding' would take the place" in capsys.readouterr().err
 
 
+def test_error_of_the_machine_ends_the_run_and_the_next_one_goes_on(cluster, weights, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 600), 16000)
+    (tmp_path / "junk.wav").write_bytes(b"no sound")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "errors").touch()  # where a folder must be
+    command = [str(tmp_path), "-o", str(output), "--weights", str(weights), "--workers", "1"]
+    assert main(command) == 1
+    assert "error: File exists; what is done is kept: give the same command again" in capsys.readouterr().err
+    (output / "errors").unlink()
+    assert main(command) == 1
+    assert "1 recording failed: see" in capsys.readouterr().err
+    assert parquet.read_table(output).num_rows == 1
+
+
 @pytest.fixture(scope="module", params=["scenes", "half steps"])
 def two_rows(request, cluster, weights, tmp_path_factory) -> Path:
     """A folder with two rows, in two files, and an error beside them."""
@@ -368,7 +383,7 @@ def test_without_a_cluster_ray_is_started_on_this_machine_and_stopped(weights, r
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
-        [*command, "--weights", str(weights), "--workers", "1"],
+        [*command, "--weights", str(weights)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -274,7 +274,8 @@ def _embed(
                 advance(report["files"] + len(reasons))
     except ray.exceptions.RayError as error:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-        print_error(options.prog, f"error: {cause}; what is done is kept: give the same command again")
+        reason = getattr(cause, "strerror", None) or cause  # Ray writes a text of its own over an OSError's file name
+        print_error(options.prog, f"error: {reason}; what is done is kept: give the same command again")
         return FAILED
     already_there = f", {work.done} already there" if work.done else ""
     hours, took = seconds / 3600, time.time() - began
@@ -309,11 +310,13 @@ def _reports(
 
     if not work.tasks:
         return
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # a task is many parts
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, too
+    # Ray Data warns of fewer tasks than workers; but a task is many parts.
+    warnings.filterwarnings("ignore", message="The (minimum|maximum) number of concurrent")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     context.target_max_block_size = 1 << 20  # bytes; so that each part is a block, which goes to one worker
     tasks = [{"task": pickle.dumps(task)} for task in work.tasks]
     stage: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
