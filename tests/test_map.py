@@ -8,6 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soundfile
 
@@ -66,7 +68,29 @@ def test_each_output_of_hear_embed_is_read_back(tmp_path, name, steps):
             np.testing.assert_allclose(result.scenes[row], embedding(file, steps).mean(axis=0), atol=1e-6)
 
 
-def test_the_parts_of_a_corpus_are_read(tmp_path):
+@pytest.mark.parametrize("steps", [None, 4], ids=["scenes", "timestamps"])
+def test_the_parts_of_a_corpus_are_read_whatever_else_they_hold(tmp_path, steps):
+    (tmp_path / "errors").mkdir()
+    (tmp_path / "errors/_part-3.jsonl").write_text("{}")
+    (tmp_path / "_hear-embed-corpus.json").write_text("{}")
+    for part, names in enumerate([NAMES[:2], NAMES[2:]]):
+        values = [np.atleast_2d(embedding(name, steps)) for name in names]
+        rows = np.concatenate(values).astype(np.float16)
+        columns = {
+            "path": [f"/sounds/{name}" for name, own in zip(names, values) for _ in own],
+            "duration_s": np.ones(len(rows)),
+            **({} if steps is None else {"timestamp_ms": np.concatenate([times(len(own)) for own in values])}),
+            "embedding": pyarrow.FixedSizeListArray.from_arrays(rows.ravel(), SIZE),
+            "label": ["bird"] * len(rows),
+        }
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"part-{part}.parquet", use_dictionary=["path"])
+    result = read_embeddings(tmp_path)
+    assert result.paths == [f"/sounds/{name}" for name in sorted(NAMES)]
+    expected = [np.atleast_2d(embedding(name, steps)).mean(axis=0) for name in sorted(NAMES)]
+    np.testing.assert_allclose(result.scenes, expected, atol=2e-3)
+
+
+def test_the_parts_of_an_earlier_corpus_are_read(tmp_path):
     (tmp_path / "corpus").mkdir()
     for part, names in enumerate([NAMES[:2], NAMES[2:]]):
         output = open_output(tmp_path / "corpus" / f"part-{part:06d}.parquet", False, {})

@@ -1,4 +1,4 @@
-"""Read what `hear-embed` wrote: `.npz`, `.parquet`, a folder of `.npy` files, or a corpus's folder of Parquet parts."""
+"""Read what `hear-embed` wrote: `.npz`, `.parquet`, a folder of `.npy` files; or the folder of `hear-embed-corpus`."""
 
 from __future__ import annotations
 
@@ -112,17 +112,18 @@ def _read_parquet(path: Path) -> tuple[list[str], list[np.ndarray], list[np.ndar
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not readable as Parquet ({error})") from error
-    per_step = "timestamp_ms" in table.column_names
-    expected = ["path", "timestamp_ms", "embedding"] if per_step else ["path", "embedding"]
-    if table.column_names != expected:
-        raise ValueError(f"{path}: expected the columns {expected}, as hear-embed writes, got {table.column_names}")
+    expected = {"path", "embedding"}
+    if not expected <= set(table.column_names):  # a corpus has others, too
+        raise ValueError(
+            f"{path}: expected the columns {sorted(expected)}, as hear-embed writes, got {table.column_names}"
+        )
     kind = table.schema.field("embedding").type
     if not pyarrow.types.is_fixed_size_list(kind):
         raise ValueError(f"{path}: expected lists of one size as embeddings, got {kind}")
     names = table["path"].to_pylist()
     values = table["embedding"].combine_chunks()
     embeddings = values.flatten().to_numpy(zero_copy_only=False).reshape(len(names), kind.list_size)
-    if not per_step:
+    if "timestamp_ms" not in table.column_names:
         return names, list(embeddings), None
     times = table["timestamp_ms"].to_numpy()
     bounds = list(_runs(names))
