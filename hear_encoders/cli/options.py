@@ -89,8 +89,8 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=positive(int),
         metavar="N",
-        help="CPU threads of the model; default: as many as this process may use, but 1 for a stream, and for each worker "
-        "of hear-embed-corpus",
+        help="CPU threads of the model; default: as many as this process may use, but 1 for a stream and for each "
+        "worker of hear-embed-corpus",
     )
 
 
