@@ -32,12 +32,10 @@ class Failure:
     Attributes:
         path: the file.
         reason: an error message that names the file.
-        machine_fault: the cause may be this machine (memory, GPU, disk) rather than the file's content.
     """
 
     path: Path
     reason: str
-    machine_fault: bool = False
 
 
 def embed_files(
@@ -54,7 +52,7 @@ def embed_files(
 
     Args:
         embedder: the model, on the device to run on.
-        files: from `find_audio`.
+        files: from `search_audio`.
         timestamps: timestamp embeddings instead of scene embeddings.
         batch_seconds: seconds of audio encoded together. A longer file forms its own batch; one over 10 minutes is
             encoded piece by piece. About twice as much is decoded ahead.
@@ -150,14 +148,13 @@ class _EncodedBatch:
 
 def _batch_failures(files: list[AudioFile], error: BaseException) -> list[Failure]:
     reason = f"{type(error).__name__} in a batch of {len(files)} files: {error}"
-    return [Failure(file.path, f"{file.path}: {reason}", True) for file in files]
+    return [Failure(file.path, f"{file.path}: {reason}") for file in files]
 
 
 def _file_failure(file: AudioFile, error: BaseException) -> Failure:
-    machine_fault = isinstance(error, (OSError, MemoryError, RuntimeError))
     if isinstance(error, (OSError, ValueError)):  # readable messages that name the file
-        return Failure(file.path, str(error), machine_fault)
-    return Failure(file.path, f"{file.path}: {type(error).__name__}: {error}", machine_fault)
+        return Failure(file.path, str(error))
+    return Failure(file.path, f"{file.path}: {type(error).__name__}: {error}")
 
 
 def _decode(file: AudioFile) -> Tensor:
