@@ -32,7 +32,7 @@ import torch
 from benchmarks.measure import peak_bytes
 from hear_encoders import Embedder, build_encoder, preset
 from hear_encoders.audio import AudioFile
-from hear_encoders.cli.corpus import embed_files
+from hear_encoders.cli.embed_files import embed_files
 from hear_encoders.cli.outputs import NpzOutput
 
 name, folder, length = sys.argv[1], Path(sys.argv[2]), sys.argv[3]

@@ -36,7 +36,7 @@ from hear_encoders import (
     save_checkpoint,
 )
 from hear_encoders.audio import find_audio
-from hear_encoders.cli import corpus, outputs
+from hear_encoders.cli import embed_files, outputs
 from hear_encoders.cli.embed import main as embed_main
 from hear_encoders.cli.weights import main as weights_main
 
@@ -533,7 +533,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(Path(path).name)
         return load_audio(path)
 
-    monkeypatch.setattr(corpus, "load_audio", watched)
+    monkeypatch.setattr(embed_files, "load_audio", watched)
     return names
 
 
@@ -597,7 +597,7 @@ def test_decoding_runs_ahead_of_the_encoder_within_bounds(embed, workplace, monk
             ahead.append(decoded_count - encoded_count)
         return embed_batches(self, audio, *args, **kwargs)
 
-    monkeypatch.setattr(corpus, "load_audio", counting_load)
+    monkeypatch.setattr(embed_files, "load_audio", counting_load)
     monkeypatch.setattr(Embedder, "embed_batches", slow_encode)
     assert embed(".", "-o", "out.npz", "--batch-seconds", 2, "--jobs", 4).code == 0
     assert encoded_count == 30
@@ -611,7 +611,7 @@ def test_long_files_embedded_in_pieces_give_the_same_result(
     assert embed(recordings, "-o", "whole", *timestamps).code == 0
     assert encoded
     encoded.clear()
-    monkeypatch.setattr(corpus, "LONG_S", 0.1)
+    monkeypatch.setattr(embed_files, "LONG_S", 0.1)
     monkeypatch.setattr(audio, "BLOCK_FRAMES", 5000)
     shutil.copytree(recordings, "in")
     write_bad(Path("in/cut.flac"))
@@ -757,7 +757,7 @@ def test_file_deleted_during_the_run_is_a_failure(embed, recordings, workplace, 
             Path(path).unlink(missing_ok=True)
         return load_audio(path)
 
-    monkeypatch.setattr(corpus, "load_audio", vanish)
+    monkeypatch.setattr(embed_files, "load_audio", vanish)
     outcome = embed("folder", "-o", "out.npz")
     assert outcome.code == 1
     assert outcome.err.count("c.ogg") == 1
@@ -776,7 +776,7 @@ def test_batch_that_runs_out_of_memory_fails_alone(embed, interrupt, recordings,
 
 def test_batch_is_written_while_the_next_is_encoded(embed, recordings, workplace, monkeypatch) -> None:
     events = []
-    embed_batches, wait = Embedder.embed_batches, corpus._EncodedBatch.wait
+    embed_batches, wait = Embedder.embed_batches, embed_files._EncodedBatch.wait
 
     def embedding(self, batches, per_step=False):
         events.append("embed")
@@ -787,7 +787,7 @@ def test_batch_is_written_while_the_next_is_encoded(embed, recordings, workplace
         return wait(self)
 
     monkeypatch.setattr(Embedder, "embed_batches", embedding)
-    monkeypatch.setattr(corpus._EncodedBatch, "wait", waiting)
+    monkeypatch.setattr(embed_files._EncodedBatch, "wait", waiting)
     assert embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1).code == 0
     assert events == ["embed", *["embed", "wait"] * (len(RECORDINGS) - 1), "wait"]
 
@@ -809,14 +809,14 @@ def test_interrupted_write_loses_no_other_embedding(embed, recordings, workplace
 
 
 def test_batch_that_fails_on_the_gpu_fails_alone(embed, recordings, workplace, monkeypatch) -> None:
-    wait = corpus._EncodedBatch.wait
+    wait = embed_files._EncodedBatch.wait
 
     def waiting(self):
         if self.unwritten[0][0].name == "nested/a.wav":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return wait(self)
 
-    monkeypatch.setattr(corpus._EncodedBatch, "wait", waiting)
+    monkeypatch.setattr(embed_files._EncodedBatch, "wait", waiting)
     outcome = embed(recordings, "-o", "out.npz", "--batch-seconds", 0.1)
     assert outcome.code == 1
     (line,) = outcome.err.splitlines()

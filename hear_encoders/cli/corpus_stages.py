@@ -29,8 +29,8 @@ from torch import Tensor
 
 from hear_encoders.audio import load_audio, probe_s, read_audio
 from hear_encoders.checks import check_audio
-from hear_encoders.cli.corpus import NOT_FINITE
 from hear_encoders.cli.corpus_inputs import Recording, Task
+from hear_encoders.cli.embed_files import NOT_FINITE
 from hear_encoders.cli.options import embedding_settings, load_embedder
 from hear_encoders.clips import LONG_S, CopyToCPU, prefetch
 from hear_encoders.embedder import Embedder

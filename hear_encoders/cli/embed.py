@@ -11,7 +11,7 @@ import torch
 
 from hear_encoders import __version__
 from hear_encoders.audio import AudioFile, Search, probe_s, search_audio, summarize
-from hear_encoders.cli.corpus import NOT_FINITE, embed_files
+from hear_encoders.cli.embed_files import NOT_FINITE, embed_files
 from hear_encoders.cli.options import MODELS, add_embedding_arguments, embedding_settings, load_embedder
 from hear_encoders.cli.outputs import Output, open_output, output_kind
 from hear_encoders.console import (
