@@ -393,6 +393,8 @@ for config, precision in (
 ):
     plain = Embedder(build_encoder(config, seed=1).eval(), precision=precision)
     compiled = Embedder(build_encoder(config, seed=1).eval(), precision=precision, compile=True)
+    if config.family == "axlstm":  # its folded form is not compiled
+        plain.encoder.mode = compiled.encoder.mode = "chunkwise"
     for clips, samples in ((9, 32_000), (1, 32_000), (3, 72_000), (2, 20_000)):  # full segments and shorter ones
         expected, got = (model.timestamp_embeddings(audio[:clips, :samples])[0] for model in (plain, compiled))
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 if precision == "float32" else 0.1)
