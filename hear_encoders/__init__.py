@@ -20,6 +20,7 @@ Most users want `hear_audiomaepp` or `hear_axlstm`. Behind them, from the user d
     storage                     files at addresses: object storage, the Hub
     files                       atomic writes, locks, folders that belong to one run's settings
     threads                     CPU threads of the commands
+    cluster                     Ray, for commands on many machines
     console                     exit codes, messages, progress, argument types
 
 Imports only go down this list; tests/test_imports.py checks it. Names that this package gives are imported on use:

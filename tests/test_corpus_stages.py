@@ -309,7 +309,7 @@ def test_interrupted_write_leaves_nothing(location, tmp_path, memory):
 def test_without_ray_the_command_says_what_to_install(recordings, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main([str(recordings), "-o", str(tmp_path / "out")]) == 2
-    assert "needs Ray: pip install 'hear-audiomaepp[ray]'" in capsys.readouterr().err
+    assert "this needs Ray: pip install 'hear-audiomaepp[ray]'" in capsys.readouterr().err
 
 
 def test_busy_share_counts_from_a_workers_first_part_to_the_runs_last():

@@ -338,6 +338,17 @@ def test_datasets_reads_the_folder(two_rows, tmp_path):
     check(list(table["path"]), list(table["embedding"]), two_rows)
 
 
+def test_shards_for_pretraining_are_the_same_on_ray(cluster, recordings, tmp_path):
+    from training.corpora.prepare import main as prepare
+
+    for name, options in {"here": [], "ray": ["--ray"]}.items():
+        assert prepare([str(recordings), str(tmp_path / name), "--shard-records", "5", *options]) == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir() if path.suffix in (".tar", ".json")}
+    assert len(files) > 8
+    for name, content in files.items():
+        assert (tmp_path / "ray" / name).read_bytes() == content, name
+
+
 def test_a_dataset_saved_to_disk_is_read(recordings, tmp_path):
     datasets = pytest.importorskip("datasets")
     files = sorted(recordings.iterdir())[:3]

@@ -182,7 +182,7 @@ LAYERS = [
     ["hear_encoders.nn.patches", "hear_encoders.nn.mlstm_segment", "hear_encoders.nn.frontend"],
     ["hear_encoders.nn.mlstm"],
     ["hear_encoders.config"],
-    ["hear_encoders.files", "hear_encoders.console", "hear_encoders.threads"],
+    ["hear_encoders.files", "hear_encoders.console", "hear_encoders.threads", "hear_encoders.cluster"],
 ]
 SELF_CONTAINED = {"benchmarks", "evaluation", "training", "training.corpora"}
 SELF_CONTAINED |= {"hear_encoders.cli", "hear_encoders.adapters"}

@@ -14,10 +14,8 @@ Tools read the Parquet files as one table and skip names that begin with _. To t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
-import os
 import pickle
 import sys
 import tempfile
@@ -25,7 +23,6 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +39,7 @@ from hear_encoders.cli.corpus_stages import (
     write,
 )
 from hear_encoders.cli.options import MODELS, add_embedding_arguments, load_embedder
+from hear_encoders.cluster import check_ray, on_ray
 from hear_encoders.console import (
     BAD_USAGE,
     FAILED,
@@ -92,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     with warnings_as_messages(options.prog):
         try:
-            if importlib.util.find_spec("ray") is None:
-                raise ValueError("embedding a corpus needs Ray: pip install 'hear-audiomaepp[ray]'")
+            check_ray()
             output = Folder(options.output)
             _check_output(output)
             checkpoint, embedder = _checkpoint(options)
@@ -106,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             if taken := _COLUMNS & set(work.extras.names):
                 raise ValueError(f"the manifest's column {min(taken)!r} would take the place of the output's own")
-            with _on_ray(options):
+            with on_ray(options.address):
+                _complete(options)
                 settings = {
                     **_settings(options, checkpoint, embedder),
                     "columns": {field.name: str(field.type) for field in work.extras},
@@ -192,36 +190,22 @@ def _checkpoint(options: argparse.Namespace) -> tuple[dict[str, bytes], Embedder
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}, embedder
 
 
-@contextmanager
-def _on_ray(options: argparse.Namespace) -> Iterator[None]:
-    """Join the cluster or start Ray; set the options that depend on it; leave or stop it at the end."""
+def _complete(options: argparse.Namespace) -> None:
+    """Set the options that depend on the cluster."""
     import ray
 
-    joined = ray.is_initialized()  # by the program that calls `main`
-    if not joined:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report over the network
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of Ray's C++, which logs to the console
-        address = options.address or os.environ.get("RAY_ADDRESS") or "local"
-        local = {"include_dashboard": False} if address == "local" else {}
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
-    try:
-        resources = ray.cluster_resources()
-        if options.gpus_per_worker is None:
-            on_gpu = resources.get("GPU", 0) > 0 and options.device in (None, "auto", "cuda")
-            options.gpus_per_worker = 1.0 if on_gpu else 0.0
-        if options.device is None:
-            options.device = "cuda" if options.gpus_per_worker else "cpu"
-        if options.workers is None:
-            gpus = resources.get("GPU", 0)
-            options.workers = max(
-                1, int(gpus / options.gpus_per_worker if options.gpus_per_worker else resources.get("CPU", 1))
-            )
-        if options.threads is None:
-            options.threads = 1
-        yield
-    finally:
-        if not joined:
-            ray.shutdown()
+    resources = ray.cluster_resources()
+    if options.gpus_per_worker is None:
+        on_gpu = resources.get("GPU", 0) > 0 and options.device in (None, "auto", "cuda")
+        options.gpus_per_worker = 1.0 if on_gpu else 0.0
+    if options.device is None:
+        options.device = "cuda" if options.gpus_per_worker else "cpu"
+    if options.workers is None:
+        gpus = resources.get("GPU", 0)
+        workers = gpus / options.gpus_per_worker if options.gpus_per_worker else resources.get("CPU", 1)
+        options.workers = max(1, int(workers))
+    if options.threads is None:
+        options.threads = 1
 
 
 def _resources(options: argparse.Namespace) -> dict[str, float]:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from hear_encoders.audio import find_audio, load_audio
 from hear_encoders.checkpoint import sha256
 from hear_encoders.checks import check_audio
+from hear_encoders.cluster import check_ray
 from hear_encoders.console import (
     BAD_USAGE,
     FAILED,
@@ -68,7 +69,7 @@ from training.corpora.shards import (
     sidecar_name,
     verify,
 )
-from training.corpora.workers import check_stopped, run_in_workers, sigterm_interrupts
+from training.corpora.workers import check_stopped, run_in_workers, run_on_ray, sigterm_interrupts
 
 MISSING_NAMED = 5  # of listed clips without a file
 
@@ -134,6 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="worker processes; default: %(default)s",
     )
     parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="make the shards on a Ray cluster that sees the same folders, such as auto, or without ADDRESS on this "
+        "machine; the shards are the same",
+    )
+    parser.add_argument(
         "--verify", type=Path, action=_Verify, metavar="SHARDS", help="only check that a folder of shards is undamaged"
     )
     try:
@@ -151,6 +160,8 @@ def _prepare(prog: str, options: argparse.Namespace) -> int:
     out_dir: Path = options.out_dir
     with ExitStack() as stack:
         try:
+            if options.ray:
+                check_ray()
             FRONTENDS[options.frontend]()  # raises here, and not in a worker, if torchaudio does not import
             root, files = find_audio(options.sources)
             excerpts = read_excerpts(*options.csv) if options.csv else None
@@ -169,7 +180,7 @@ def _prepare(prog: str, options: argparse.Namespace) -> int:
             _remove_leftovers(out_dir)
             if todo:
                 (out_dir / INDEX_FILE).unlink(missing_ok=True)  # it marks a complete folder
-                _make_shards(prog, root, out_dir, plan, todo, options.jobs, options.frontend)
+                _make_shards(prog, root, out_dir, plan, todo, options)
             index, failed = _write_index(out_dir, len(plan.shards), plan.settings["frontend"])
         except (OSError, ValueError, MemoryError, BrokenProcessPool) as error:
             print_error(prog, f"error: {str(error) or type(error).__name__}; finished shards are kept")
@@ -223,7 +234,7 @@ def _hash_lists(paths: Sequence[Path]) -> str:
 
 
 def _make_shards(
-    prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[int], jobs: int, frontend: FrontendName
+    prog: str, root: Path, out_dir: Path, plan: Plan, todo: list[int], options: argparse.Namespace
 ) -> None:
     """Make the shards with these numbers. An interruption leaves each of them complete or absent.
 
@@ -232,10 +243,15 @@ def _make_shards(
         BrokenProcessPool: a worker died.
     """
     samples = samples_per_record(plan.settings)
-    calls = [(root, out_dir, number, plan.shards[number], samples, frontend) for number in todo]
+    calls = [(root, out_dir.absolute(), number, plan.shards[number], samples, options.frontend) for number in todo]
     done = len(plan.shards) - len(todo)
+    workers = (
+        run_on_ray(_write_shard, calls, options.ray)
+        if options.ray
+        else run_in_workers(_write_shard, calls, min(options.jobs, len(todo)))
+    )
     with (
-        run_in_workers(_write_shard, calls, min(jobs, len(todo))) as futures,
+        workers as futures,
         progress(len(plan.shards), "shard", "shards", done=done) as advance,
     ):
         for future in as_completed(futures):

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from hear_encoders.cluster import on_ray
+
 _T = TypeVar("_T")
 
 _stop: Event | None = None  # in a worker: set when the main process wants no more results
@@ -52,6 +54,33 @@ def run_in_workers(function: Callable[..., _T], calls: Iterable[tuple], jobs: in
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def run_on_ray(function: Callable[..., _T], calls: Iterable[tuple], address: str) -> Iterator[list[Future[_T]]]:
+    """As `run_in_workers`, but in Ray's tasks of one CPU: on a cluster that sees the same files, or on this machine.
+
+    Args:
+        address: of `hear_encoders.cluster.on_ray`.
+
+    Yields:
+        The calls' futures. Ray makes a call again if its process or machine dies.
+    """
+    with on_ray(address):
+        import ray
+
+        task = ray.remote(_on_one_thread).options(num_cpus=1, max_retries=-1)
+        references = [task.remote(function, *call) for call in calls]
+        try:
+            yield [reference.future() for reference in references]
+        finally:
+            for reference in references:
+                ray.cancel(reference)
+
+
+def _on_one_thread(function: Callable[..., _T], *call: Any) -> _T:
+    torch.set_num_threads(1)
+    return function(*call)
 
 
 def check_stopped() -> None:
