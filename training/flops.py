@@ -38,8 +38,13 @@ _ADDED_FLOP_FORMULAS = {
 
 def count_flop(call: Callable[[], object]) -> int:
     """Count the multiplications and additions in the matmuls, attention and convolutions of one call."""
-    with FlopCounterMode(display=False, custom_mapping=_ADDED_FLOP_FORMULAS) as counter:
-        call()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the counter sees only this thread, and an Embedder shares its work among all it may use
+    try:
+        with FlopCounterMode(display=False, custom_mapping=_ADDED_FLOP_FORMULAS) as counter:
+            call()
+    finally:
+        torch.set_num_threads(threads)
     return counter.get_total_flops()
 
 

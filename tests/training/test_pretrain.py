@@ -24,12 +24,14 @@ from tensorboardX.proto import event_pb2
 
 import hear_audiomaepp
 import hear_axlstm
+from hear_encoders import AxLSTMConfig, Embedder, build_encoder
 from hear_encoders.nn.patches import patchify
 from training import curves, export, figures, pretrain, run_dir
 from training.config import load_run_config
 from training.corpora import prepare
 from training.corpora.shards import JoinedShards, ShardIndex
 from training.data import Crops, RowBatches, crop_loader
+from training.flops import count_flop
 from training.held_out import FixedCrops
 from training.objectives import count_clip_flop
 from training.run_log import RunLog
@@ -625,6 +627,17 @@ def test_flops_per_clip_are_those_of_its_matmuls():
     # The backward pass of attention recomputes the scores.
     expected = 2 * (3 * block + attention + 2.5 * attention) + 2 * ends + 3 * head
     assert count_clip_flop(config) == pytest.approx(expected, rel=0.01)
+
+
+def test_flops_of_an_embedder_do_not_depend_on_its_threads(noise):
+    embedder = Embedder(build_encoder(AxLSTMConfig("axlstm", dim=48, depth=1)).eval())
+    embedder.scene_embeddings(noise(2, 32_000))  # the first call folds weights
+    counts, threads = [], torch.get_num_threads()
+    for torch_threads in (1, 2):
+        torch.set_num_threads(torch_threads)
+        counts.append(count_flop(lambda: embedder.scene_embeddings(noise(2, 32_000))))
+    torch.set_num_threads(threads)
+    assert counts[0] == counts[1] > 5e7
 
 
 def test_the_newest_checkpoints_and_the_milestones_are_kept(shards, tmp_path):
