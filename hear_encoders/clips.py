@@ -228,7 +228,11 @@ def _number_clips(
 
 
 def _progress_bar(count: int | None, show: bool | None) -> Any:
-    from tqdm.auto import tqdm  # imported on use, since it is slow to import
+    # Imported on use, since it is slow to import. In a notebook without widgets, tqdm.auto warns of that.
+    if show is False:
+        from tqdm import tqdm
+    else:
+        from tqdm.auto import tqdm
 
     # disable=None: only on a terminal, or in a notebook. Short work needs no bar.
     return tqdm(total=count, unit="clip", disable=None if show is None else not show, delay=1 if show is None else 0)
