@@ -189,7 +189,7 @@ class Embedder(nn.Module):
     def forward(self, audio: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
         """Return the embeddings of all time steps, with gradients, for fine-tuning: `model(audio, lengths)`.
 
-        Without `lengths` a row is a clip, zeros at its end included: they are part of what it is normalized with. With
+        Without `lengths`, a whole row is a clip: zeros at its end count when it is normalized. With
         `lengths`, a row gives what its first `lengths[i]` samples give alone, whatever comes after them.
 
         Args:
@@ -413,7 +413,7 @@ class Embedder(nn.Module):
         for index, segment in enumerate(segments):
             alike[segment.frames.shape[0], segment.steps].append(index)
         for (_, steps), indices in alike.items():
-            for batch in self.execution.batches(indices, self.device):
+            for batch in self.execution.batches(indices, self.encoder):
                 frames = torch.stack([segments[index].frames for index in batch])
                 tokens = self.execution.encode(self.encoder, frames)  # (segments, N, D)
                 parts = tokens.chunk(self._layer_count, dim=2)  # one for each layer

@@ -59,12 +59,15 @@ class Execution:
         """Return the most segments that are encoded at once on this device."""
         return self._max_segments or (CPU_SEGMENTS if device.type == "cpu" else GPU_SEGMENTS)
 
-    def batches(self, indices: list[int], device: torch.device) -> Iterator[list[int]]:
+    def batches(self, indices: list[int], encoder: Encoder) -> Iterator[list[int]]:
         """Cut indices of equally long segments into batches of at most `max_segments`.
 
-        All batches but the last are divisible by the number of threads.
+        All batches but the last are divisible by the number of threads that take segments of their own.
         """
-        threads, most = self._threads(device), self.max_segments(device)
+        device = encoder.cls_token.device
+        dtype = resolve_precision(self.precision, device)
+        threads = self._threads(device) if dtype is torch.float32 or self._can_fold(encoder, dtype) else 1
+        most = self.max_segments(device)
         even = len(indices) // threads * threads if most >= threads else 0
         size = most // threads * threads or most
         for first in range(0, even, size):
@@ -82,8 +85,8 @@ class Execution:
         needs_grad = frames.requires_grad or any(parameter.requires_grad for parameter in encoder.parameters())
         train = torch.is_grad_enabled() and needs_grad
         folded = None if train else self._fold(encoder, dtype)
-        threads = self._threads(device) if folded is not None or (dtype is torch.float32 and not train) else 1
         autocast = folded is None and dtype is not torch.float32
+        threads = 1 if train or autocast else self._threads(device)
         with torch.autocast(device.type, dtype=dtype, enabled=autocast):
             encode = folded or (self._compile(encoder) if self.compile else encoder)
             if self.layers is not None:
@@ -101,9 +104,14 @@ class Execution:
         """Return the number of threads that may take segments of their own."""
         return torch.get_num_threads() if device.type == "cpu" and not self.compile else 1
 
+    def _can_fold(self, encoder: Encoder, dtype: torch.dtype) -> bool:
+        """Return whether `_fold` applies, unless the encoder's parameters rule it out."""
+        on_cpu = encoder.cls_token.is_cpu and dtype in FOLDED_DTYPES
+        return on_cpu and isinstance(encoder, AxLSTMEncoder) and encoder.mode == "auto"
+
     def _fold(self, encoder: Encoder, dtype: torch.dtype) -> OfflineEncoder | None:
         """Return an AxLSTM's folded form, which has no gradients; None if there is none for this encoder and dtype."""
-        if not isinstance(encoder, AxLSTMEncoder) or encoder.mode != "auto" or dtype not in FOLDED_DTYPES:
+        if not isinstance(encoder, AxLSTMEncoder) or not self._can_fold(encoder, dtype):
             return None
         if self._folded is None or not self._folded.is_current(encoder):
             self._folded = FoldedAxLSTM.of(encoder)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hear_encoders import Embedder, execution
+from hear_encoders import AxLSTMConfig, Embedder, build_encoder, execution
 from hear_encoders.execution import Execution, call_on_one_core, encode_in_threads
 
 
@@ -279,7 +279,8 @@ def test_threads_of_callers_that_ended_end_too(torch_threads):
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_batches_keep_the_order_and_the_limit(monkeypatch, count, most, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    batches = list(Execution("auto", most, compile=False).batches(list(range(count)), torch.device("cpu")))
+    encoder = build_encoder(AxLSTMConfig("axlstm", dim=48, depth=1))
+    batches = list(Execution("auto", most, compile=False).batches(list(range(count)), encoder))
     assert list(itertools.chain(*batches)) == list(range(count))
     assert all(1 <= len(indices) <= most for indices in batches)
     if most >= threads:  # every segment that can run side by side does
