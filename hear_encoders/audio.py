@@ -261,7 +261,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Search:
-    """What inputs select; both lists are sorted by name.
+    """The files that inputs select, and those they leave out; both lists are sorted by name.
 
     Attributes:
         root: the folder that names are relative to.

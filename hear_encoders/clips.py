@@ -158,7 +158,7 @@ def _decoder_blocks(decoder: Any, name: str) -> Iterator[Tensor]:
 
 
 class BatchEmbedder(Protocol):
-    """What this module needs of an `Embedder`."""
+    """The part of an `Embedder` that this module uses."""
 
     framer: Framing
     scene_embedding_size: int

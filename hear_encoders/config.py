@@ -23,7 +23,7 @@ InputGate = Literal["exponential", "sigmoid"]
 # Fields that config.json files written before them lack, with the value that a missing one means.
 ADDED_FIELDS = {"position_table": "sincos"}
 
-# What transformers writes into a config.json (see `hear_encoders.adapters.folder`); it means nothing here.
+# Fields that transformers adds to a config.json (see `hear_encoders.adapters.folder`). They are ignored.
 TRANSFORMERS_FIELDS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}
 
 # Bounds far above any sensible encoder: a damaged or hostile config.json must not ask for absurd memory and time. They

@@ -133,7 +133,7 @@ class TableTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run has to do.
+    """The work of a run.
 
     Attributes:
         tasks: for Ray's decoding tasks.

@@ -49,7 +49,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class Part:
-    """What is known of a part besides its audio. The lists have an entry for each recording that was decoded.
+    """A part without its audio. The lists have an entry for each recording that was decoded.
 
     Attributes:
         paths: keys.

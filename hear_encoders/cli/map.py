@@ -277,7 +277,7 @@ def similarity_over_time(steps: np.ndarray, timestamps_ms: np.ndarray) -> dict[s
         timestamps_ms: (T,).
 
     Returns:
-        `rows`, up to `MATRIX_ROWS`, each the mean of equally many steps (the last of what remains); `row_s`, their
+        `rows`, up to `MATRIX_ROWS`, each the mean of the same number of steps (the last of fewer); `row_s`, their
         duration in seconds; `lower`, the rows of the lower triangle with the diagonal, one after the other, as bytes
         in base64: 0 is a cosine of -1, 255 one of 1.
     """
