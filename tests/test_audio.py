@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import soxr
 import torch
+from damage import assert_damage_raises_only_value_errors
 
 from hear_encoders import audio, load_audio
 
@@ -268,19 +269,9 @@ def test_file_that_cannot_be_opened_is_not_called_damaged(write, monkeypatch) ->
 
 @pytest.mark.filterwarnings("ignore:.* is cut short")
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
-def test_damaged_file_raises_only_value_errors_that_name_it(tmp_path: Path, write, suffix: str) -> None:
-    original = write(noise(4000, 2), 44_100, name=f"clip{suffix}").read_bytes()
-    random = np.random.default_rng(0)
-    path = tmp_path / f"damaged{suffix}"
-    for attempt in range(20):
-        content = bytearray(original)
-        for place in random.integers(0, len(content) if attempt % 2 else 200, 5):
-            content[place] = random.integers(256)
-        path.write_bytes(content)
-        try:
-            load_audio(path)  # it may still be decodable
-        except ValueError as error:
-            assert str(path) in str(error)
+def test_damaged_file_raises_only_value_errors_that_name_it(write, suffix: str) -> None:
+    original = write(noise(4000, 2), 44_100, name=f"clip{suffix}")
+    assert_damage_raises_only_value_errors(original, attempts=20, header=200)
 
 
 def test_extensions_cover_the_common_formats() -> None:

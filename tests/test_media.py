@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+from damage import assert_damage_raises_only_value_errors
 
 from hear_encoders import audio, load_audio, media
 from hear_encoders.audio import duration_s, probe_s
@@ -197,18 +198,8 @@ def test_cut_video_is_a_warning_or_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["clip.m4a", "clip.webm", "clip.amr", "clip.wma"])
 def test_damaged_media_raise_only_value_errors_that_name_them(tmp_path: Path, name: str) -> None:
     codec, rate, channels, *_ = FORMATS[name]
-    original = write_media(tmp_path / name, codec, speech(rate, channels)[:, :rate], rate).read_bytes()
-    random = np.random.default_rng(0)
-    path = tmp_path / f"damaged{Path(name).suffix}"
-    for attempt in range(30):
-        content = bytearray(original)
-        for place in random.integers(0, len(content) if attempt % 2 else 600, 5):
-            content[place] = random.integers(256)
-        path.write_bytes(content)
-        try:
-            load_audio(path)  # it may still be decodable
-        except ValueError as error:
-            assert str(path) in str(error)
+    original = write_media(tmp_path / name, codec, speech(rate, channels)[:, :rate], rate)
+    assert_damage_raises_only_value_errors(original, attempts=30, header=600)
 
 
 def test_without_pyav_the_error_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
